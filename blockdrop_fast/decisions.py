@@ -1,0 +1,93 @@
+"""Checks of what every public call takes: images and decisions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_images(images: Tensor, *, channels: int, size_multiple: int, dtype: torch.dtype) -> None:
+    """Raise a clear error unless ``images`` is a batch that a network can take.
+
+    Args:
+        images: expected (B, channels, H, W), floating point, normalised; B may be 0.
+        channels: number of input channels of the network.
+        size_multiple: H and W must be positive multiples of this.
+        dtype: the floating-point type of the network's weights.
+
+    Raises:
+        TypeError: not a tensor, or another dtype than the network's (nothing is silently cast).
+        ValueError: wrong shape or size; NaN or infinite values. Values are checked only where
+            that costs no device synchronisation, i.e. on the CPU.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a torch.Tensor, got {type(images).__name__}")
+    if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+        raise TypeError(
+            f"images: expected dtype {dtype} as the network's weights, got {images.dtype}"
+        )
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}"
+        )
+    height, width = images.shape[2:]
+    if height < size_multiple or width < size_multiple or height % size_multiple or (
+        width % size_multiple
+    ):
+        raise ValueError(
+            f"images: height and width must be positive multiples of {size_multiple}, "
+            f"got {height}x{width}"
+        )
+    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+        # The sum is finite unless a value is not, or the sum of huge values overflows: look
+        # at every value only then.
+        if not torch.isfinite(images.sum()) and not torch.isfinite(images).all():
+            raise ValueError("images: contain NaN or infinite values")
+
+
+def check_decisions(
+    decisions: Tensor,
+    *,
+    batch: int,
+    num_blocks: int,
+    device: torch.device,
+    values: bool = True,
+) -> Tensor:
+    """Check decisions and return them as a bool tensor.
+
+    Args:
+        decisions: (B, K), bool or 0/1 of any dtype; 1 = keep the block.
+        batch: B, the number of images.
+        num_blocks: K, the number of residual blocks of the backbone.
+        device: where the images are.
+        values: also check that every value is 0 or 1. On a GPU this waits for the device;
+            without it, every non-zero value means keep.
+
+    Returns:
+        (B, K) bool, on the same device; the input itself if it already is bool.
+
+    Raises:
+        TypeError: not a tensor, or of a complex dtype.
+        ValueError: wrong shape or device, or values other than 0 and 1.
+    """
+    if not isinstance(decisions, Tensor):
+        raise TypeError(f"decisions: expected a torch.Tensor, got {type(decisions).__name__}")
+    if decisions.is_complex():
+        raise TypeError(f"decisions: expected bool or 0/1 values, got dtype {decisions.dtype}")
+    if decisions.ndim != 2 or decisions.shape != (batch, num_blocks):
+        raise ValueError(
+            f"decisions: expected shape (B, K) = ({batch}, {num_blocks}), "
+            f"got {tuple(decisions.shape)}"
+        )
+    if decisions.device != device:
+        raise ValueError(
+            f"decisions: expected on {device} as the images, got on {decisions.device}"
+        )
+    if decisions.dtype == torch.bool:
+        return decisions
+    keep = decisions != 0
+    if values and not torch.compiler.is_compiling():
+        wrong = decisions[keep & (decisions != 1)]  # NaN compares unequal to both
+        if wrong.numel():
+            raise ValueError(f"decisions: expected only 0 and 1, got {wrong[0].item()}")
+    return keep

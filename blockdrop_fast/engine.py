@@ -1,0 +1,190 @@
+"""The engine: a frozen model ready to execute. Start reading here.
+
+    images -> policy network -> decisions -> plan -> executor (walk | gather | dense) -> logits
+                                                     ^ folded, packed weights
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from blockdrop_fast import plan as planning
+from blockdrop_fast.blockdrop import BlockDrop, Output
+from blockdrop_fast.decisions import check_decisions, check_images
+from blockdrop_fast.executors.dense import DenseExecutor
+from blockdrop_fast.executors.gather import GatherExecutor
+from blockdrop_fast.folding import fold_network
+from blockdrop_fast.models import ResNet
+from blockdrop_fast.policy import decide
+
+Strategy = Literal["auto", "walk", "gather", "dense"]
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Engine:
+    """A snapshot of a model that runs only the blocks its decisions keep. Made by ``compile``.
+
+    Attributes:
+        strategy: how the backbone is executed: "gather" or "dense".
+        dtype: of weights, images and logits.
+        device: of weights and images.
+    """
+
+    def __init__(self, model: BlockDrop | ResNet, dtype: torch.dtype, strategy: Strategy,
+                 validate: bool):
+        self._model = model
+        self._validate = validate
+        self.dtype = dtype
+        self.strategy = strategy
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over the model's present weights, batch-norm statistics and device."""
+        backbone = self._model.backbone if isinstance(self._model, BlockDrop) else self._model
+        self.config = backbone.config
+        self.device = backbone.fc.weight.device
+        network = fold_network(backbone, self.dtype)
+        self._executor = (
+            DenseExecutor(network) if self.strategy == "dense" else GatherExecutor(network)
+        )
+        self._policy = None
+        if isinstance(self._model, BlockDrop):
+            self._policy_pool = self._model.policy.input_pool
+            self._policy = DenseExecutor(fold_network(self._model.policy.network, self.dtype))
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Output:
+        """Decide and execute; a bare backbone has no policy and keeps all blocks.
+
+        Args:
+            images: (B, 3, H, W) normalised, of the engine's dtype and device; B may be 0.
+
+        Returns:
+            ``Output(logits (B, num_classes), decisions (B, K) bool)``.
+
+        Raises:
+            TypeError, ValueError: see ``blockdrop_fast.decisions.check_images``.
+        """
+        self._check(images)
+        decisions = self._decide(images)
+        return Output(self._execute(images, decisions), decisions)
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images -> (B, K), the policy's probability of keeping each block.
+
+        Raises:
+            RuntimeError: the engine was compiled from a bare backbone.
+        """
+        self._check(images)
+        if self._policy is None:
+            raise RuntimeError("probabilities: this engine was compiled from a bare backbone, "
+                               "which has no policy network")
+        return self._probabilities(images)
+
+    @torch.inference_mode()
+    def run(self, images: Tensor, decisions: Tensor) -> Tensor:
+        """Execute decisions from anywhere.
+
+        Args:
+            images: (B, 3, H, W) normalised, of the engine's dtype and device; B may be 0.
+            decisions: (B, K) bool or 0/1 of any dtype, 1 = keep.
+
+        Returns:
+            (B, num_classes) logits.
+        """
+        self._check(images)
+        return self._execute(images, self._check_decisions(images, decisions))
+
+    @torch.inference_mode()
+    def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
+        """Execute several decision sets of the same images, computing shared prefixes once.
+
+        Args:
+            images: (B, 3, H, W) as for ``run``.
+            decisions: (S, B, K) bool or 0/1 of any dtype.
+
+        Returns:
+            (S, B, num_classes) logits: ``result[s]`` equals ``run(images, decisions[s])``.
+        """
+        self._check(images)
+        if decisions.ndim != 3 or decisions.shape[0] < 1:
+            raise ValueError(
+                "decisions: expected shape (S, B, K) with S at least 1, got "
+                f"{tuple(decisions.shape)}"
+            )
+        keep = torch.stack([self._check_decisions(images, one) for one in decisions])
+        if images.shape[0] == 0:
+            return images.new_zeros(len(keep), 0, self.config.num_classes)
+        if isinstance(self._executor, GatherExecutor):
+            return self._executor.run_sets(images, planning.plan_sets(keep))
+        return torch.stack([self._execute(images, one) for one in keep])
+
+    def _check(self, images: Tensor) -> None:
+        check_images(images, channels=3, size_multiple=self.config.size_multiple, dtype=self.dtype)
+        if images.device != self.device:
+            raise ValueError(f"images: expected on {self.device}, got on {images.device}")
+        if self._validate and not torch.isfinite(images).all():
+            raise ValueError("images: contain NaN or infinite values")
+
+    def _check_decisions(self, images: Tensor, decisions: Tensor) -> Tensor:
+        return check_decisions(
+            decisions,
+            batch=images.shape[0],
+            num_blocks=self.config.num_blocks,
+            device=images.device,
+            values=self._validate or images.device.type == "cpu",
+        )
+
+    def _decide(self, images: Tensor) -> Tensor:
+        if self._policy is None or images.shape[0] == 0:
+            return torch.ones(
+                images.shape[0], self.config.num_blocks, dtype=torch.bool, device=images.device
+            )
+        return decide(self._probabilities(images))
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        if self._policy_pool > 1:
+            images = torch.nn.functional.avg_pool2d(images, self._policy_pool)
+        return self._policy.run(images).sigmoid()
+
+    def _execute(self, images: Tensor, decisions: Tensor) -> Tensor:
+        if images.shape[0] == 0:
+            return images.new_zeros(0, self.config.num_classes)
+        return self._executor.run(images, planning.plan(decisions))
+
+
+def compile(
+    model: BlockDrop | ResNet,
+    *,
+    dtype: torch.dtype = torch.float32,
+    strategy: Strategy = "auto",
+    validate: bool = False,
+) -> Engine:
+    """Freeze a model into an engine: fold batch norm, pack weights, choose how to execute.
+
+    Args:
+        model: BlockDrop, or a bare backbone. It is read in eval mode whatever its mode is, and
+            stays as it is; the engine runs on the model's device.
+        dtype: float32, float64, float16 or bfloat16, of weights and activations.
+        strategy: "gather" runs each block on its active images; "dense" computes everything and
+            masks; "auto" takes the fastest.
+        validate: on a GPU, also check the values of images and decisions, which waits for the
+            device at every call. On a CPU they always are checked.
+
+    Raises:
+        TypeError: not a model of this package, or a dtype that is not supported.
+        ValueError: an unknown strategy.
+    """
+    if not isinstance(model, (BlockDrop, ResNet)):
+        raise TypeError(f"model: expected BlockDrop or ResNet, got {type(model).__name__}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected one of {DTYPES}, got {dtype}")
+    if strategy not in ("auto", "walk", "gather", "dense"):
+        raise ValueError(
+            f"strategy: expected 'auto', 'walk', 'gather' or 'dense', got {strategy!r}"
+        )
+    return Engine(model, dtype, "gather" if strategy == "auto" else strategy, validate)

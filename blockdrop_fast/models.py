@@ -1,0 +1,364 @@
+"""ResNet backbones whose residual blocks can be kept or dropped per image: the reference.
+
+``backbone(images, decisions)`` here *defines* what every faster execution has to compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blockdrop_fast.decisions import check_decisions, check_images
+
+BlockKind = Literal["basic", "bottleneck"]
+StemKind = Literal["cifar", "imagenet"]
+ShortcutKind = Literal["average_pool", "subsample", "projection"]
+
+BOTTLENECK_EXPANSION = 4
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Architecture of a ResNet; everything that shapes its weights and its arithmetic.
+
+    Attributes:
+        block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
+        layers: residual blocks of each segment.
+        widths: channels of each segment's 3x3 convolutions.
+        stem: "cifar" (3x3, stride 1) or "imagenet" (7x7, stride 2, then 3x3 max pooling).
+        shortcut: what the first block of a segment that changes shape adds to:
+            "average_pool" (pool, zero channels behind the data; the BlockDrop authors'),
+            "subsample" (every second pixel, zero channels on both sides),
+            "projection" (1x1 convolution and batch norm; ImageNet).
+        num_classes: outputs of the final linear layer.
+    """
+
+    block: BlockKind
+    layers: tuple[int, ...]
+    widths: tuple[int, ...]
+    stem: StemKind
+    shortcut: ShortcutKind
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if self.block not in ("basic", "bottleneck"):
+            raise ValueError(f"block: expected 'basic' or 'bottleneck', got {self.block!r}")
+        if self.stem not in ("cifar", "imagenet"):
+            raise ValueError(f"stem: expected 'cifar' or 'imagenet', got {self.stem!r}")
+        if self.shortcut not in ("average_pool", "subsample", "projection"):
+            raise ValueError(
+                "shortcut: expected 'average_pool', 'subsample' or 'projection', "
+                f"got {self.shortcut!r}"
+            )
+        if not self.layers or len(self.layers) != len(self.widths):
+            raise ValueError(
+                f"layers and widths: expected one entry a segment each, got {self.layers} "
+                f"and {self.widths}"
+            )
+        if min(self.layers) < 1 or min(self.widths) < 1 or self.num_classes < 1:
+            raise ValueError(f"layers, widths and num_classes must be positive, got {self}")
+
+    @property
+    def num_blocks(self) -> int:
+        """K, the number of residual blocks."""
+        return sum(self.layers)
+
+    @property
+    def size_multiple(self) -> int:
+        """Image height and width must be multiples of this.
+
+        The parameter-free shortcuts agree with the strided convolutions on even sizes only.
+        ImageNet networks take any size that leaves a pixel at the end.
+        """
+        return 2 ** (len(self.layers) - 1) if self.stem == "cifar" else 1
+
+    def to_dict(self) -> dict:
+        """The fields as plain JSON-ready values."""
+        return asdict(self)
+
+
+class BasicBlock(nn.Module):
+    """F_k of CIFAR ResNets and of ResNet-10/18: 3x3 convolution, batch norm, ReLU, twice."""
+
+    def __init__(self, in_channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F_k(x), without shortcut and without the final ReLU."""
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+
+class Bottleneck(nn.Module):
+    """F_k of ImageNet ResNets: 1x1, 3x3 (carrying the stride), 1x1 convolutions."""
+
+    def __init__(self, in_channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * BOTTLENECK_EXPANSION, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width * BOTTLENECK_EXPANSION)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """F_k(x), without shortcut and without the final ReLU."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))
+
+
+class AveragePoolShortcut(nn.Module):
+    """Average pooling by the stride, then zero channels behind the data."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.extra = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(x, self.stride) if self.stride > 1 else x
+        return F.pad(x, (0, 0, 0, 0, 0, self.extra))
+
+
+class SubsampleShortcut(nn.Module):
+    """Every stride-th pixel, then zero channels on both sides of the data."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.before = (out_channels - in_channels) // 2
+        self.after = out_channels - in_channels - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, self.before, self.after))
+
+
+class ProjectionShortcut(nn.Module):
+    """1x1 convolution carrying the stride, and batch norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+_SHORTCUTS = {
+    "average_pool": AveragePoolShortcut,
+    "subsample": SubsampleShortcut,
+    "projection": ProjectionShortcut,
+}
+
+
+class ResNet(nn.Module):
+    """A ResNet that runs, for each image, the residual blocks that its decisions keep.
+
+    Children: ``conv1, bn1``, ``segments[s][b]`` (the F_k), ``shortcuts[s]`` (of the segment's
+    first block), ``fc``.
+
+    Attributes:
+        config: the architecture.
+        normalization: what images were normalised with (``blockdrop_fast.data.Normalization``)
+            or None where unknown. Metadata: applied by data loaders, never here.
+    """
+
+    def __init__(self, config: ResNetConfig):
+        super().__init__()
+        self.config = config
+        self.normalization = None
+        imagenet = config.stem == "imagenet"
+        channels = 64 if imagenet else config.widths[0]
+        self.conv1 = (
+            nn.Conv2d(3, channels, 7, 2, 3, bias=False)
+            if imagenet
+            else nn.Conv2d(3, channels, 3, 1, 1, bias=False)
+        )
+        self.bn1 = nn.BatchNorm2d(channels)
+        block_class = Bottleneck if config.block == "bottleneck" else BasicBlock
+        expansion = BOTTLENECK_EXPANSION if config.block == "bottleneck" else 1
+        self.segments = nn.ModuleList()
+        self.shortcuts = nn.ModuleList()
+        for segment, (layers, width) in enumerate(zip(config.layers, config.widths, strict=True)):
+            stride = 1 if segment == 0 else 2
+            out_channels = width * expansion
+            same_shape = stride == 1 and channels == out_channels
+            self.shortcuts.append(
+                nn.Identity()
+                if same_shape
+                else _SHORTCUTS[config.shortcut](channels, out_channels, stride)
+            )
+            blocks = nn.ModuleList()
+            for index in range(layers):
+                blocks.append(block_class(channels, width, stride if index == 0 else 1))
+                channels = out_channels
+            self.segments.append(blocks)
+        self.fc = nn.Linear(channels, config.num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def num_blocks(self) -> int:
+        """K, the number of residual blocks."""
+        return self.config.num_blocks
+
+    def blocks(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """The K pairs (F_k, its shortcut) in order of execution."""
+        identity = nn.Identity()
+        for segment, shortcut in zip(self.segments, self.shortcuts, strict=True):
+            for index, block in enumerate(segment):
+                yield block, (shortcut if index == 0 else identity)
+
+    def stem(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images -> the input of block 1."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        return F.max_pool2d(x, 3, 2, 1) if self.config.stem == "imagenet" else x
+
+    def classifier(self, x: Tensor) -> Tensor:
+        """The output of block K -> (B, num_classes) logits."""
+        return self.fc(x.mean((2, 3)))
+
+    def forward(
+        self, images: Tensor, decisions: Tensor | None = None, *, active_only: bool = False
+    ) -> Tensor:
+        """Logits of a batch, each image running the blocks that its decisions keep.
+
+        A kept block gives ``relu(shortcut(x) + F_k(x))``, a dropped one ``shortcut(x)`` with no
+        ReLU of its own. A block that no image keeps is not computed, so that in train mode its
+        batch-norm statistics stay as they are. (BlockDrop section 3.1, and the authors' code.)
+
+        Args:
+            images: (B, 3, H, W) normalised, of the weights' dtype and device.
+            decisions: (B, K) bool or 0/1, 1 = keep; None keeps all blocks.
+            active_only: compute F_k on the block's active images only, instead of on all images
+                followed by a mask. The same values in eval mode; in train mode batch-norm
+                statistics then cover active images only. Differentiable either way.
+
+        Returns:
+            (B, num_classes) logits.
+
+        Raises:
+            TypeError, ValueError: see ``check_images`` and ``check_decisions``.
+        """
+        check_images(
+            images,
+            channels=self.conv1.in_channels,
+            size_multiple=self.config.size_multiple,
+            dtype=self.conv1.weight.dtype,
+        )
+        if decisions is not None:
+            decisions = check_decisions(
+                decisions,
+                batch=images.shape[0],
+                num_blocks=self.num_blocks,
+                device=images.device,
+            )
+        if images.shape[0] == 0:
+            return images.new_zeros(0, self.config.num_classes)
+        x = self.stem(images)
+        run = _active_block if active_only else _masked_block
+        for k, (block, shortcut) in enumerate(self.blocks()):
+            if decisions is None:
+                x = F.relu(shortcut(x) + block(x))
+            else:
+                x = run(block, shortcut, x, decisions[:, k])
+        return self.classifier(x)
+
+
+def _masked_block(block: nn.Module, shortcut: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+    """One block for all images, dropped ones masked afterwards: readable, and saves nothing."""
+    residual = shortcut(x)
+    if not keep.any():
+        return residual
+    return torch.where(keep[:, None, None, None], F.relu(residual + block(x)), residual)
+
+
+def _active_block(block: nn.Module, shortcut: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+    """One block for its active images only, gathered before and put back after."""
+    residual = shortcut(x)
+    active = keep.nonzero().squeeze(1)
+    if active.numel() == 0:
+        return residual
+    if active.numel() == keep.numel():
+        return F.relu(residual + block(x))
+    kept = F.relu(take_images(residual, active) + block(take_images(x, active)))
+    return residual.index_copy(0, active, kept)
+
+
+def take_images(x: Tensor, index: Tensor) -> Tensor:
+    """Images ``index`` (N,) of x (B, C, H, W), channels-last if x is.
+
+    ``index_select`` alone would return a channels-last tensor's images as channels-first.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)
+
+
+def resnet_cifar(
+    depth: int, num_classes: int = 10, shortcut: ShortcutKind = "average_pool"
+) -> ResNet:
+    """CIFAR ResNet of ``depth`` = 6n+2 layers (ResNet paper, section 4.2): 3n basic blocks.
+
+    Raises:
+        ValueError: depth is not of the form 6n+2 with n >= 1.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth: expected 6n+2 (8, 14, 20, 32, …, 110, …), got {depth}")
+    n = (depth - 2) // 6
+    return ResNet(
+        ResNetConfig("basic", (n, n, n), (16, 32, 64), "cifar", shortcut, num_classes)
+    )
+
+
+def resnet32(num_classes: int = 10, shortcut: ShortcutKind = "average_pool") -> ResNet:
+    """CIFAR ResNet-32: 15 blocks."""
+    return resnet_cifar(32, num_classes, shortcut)
+
+
+def resnet110(num_classes: int = 10, shortcut: ShortcutKind = "average_pool") -> ResNet:
+    """CIFAR ResNet-110: 54 blocks."""
+    return resnet_cifar(110, num_classes, shortcut)
+
+
+def resnet_imagenet(layers: tuple[int, ...], num_classes: int = 1000) -> ResNet:
+    """Bottleneck ResNet with the given blocks a segment.
+
+    The paper's static baselines ResNet-72/75/84 are (3, 4, 14, 3), (3, 4, 15, 3), (3, 4, 18, 3).
+    """
+    widths = tuple(64 * 2**segment for segment in range(len(layers)))
+    return ResNet(
+        ResNetConfig("bottleneck", layers, widths, "imagenet", "projection", num_classes)
+    )
+
+
+def resnet50(num_classes: int = 1000) -> ResNet:
+    """ImageNet ResNet-50: 3+4+6+3 = 16 bottleneck blocks."""
+    return resnet_imagenet((3, 4, 6, 3), num_classes)
+
+
+def resnet101(num_classes: int = 1000) -> ResNet:
+    """ImageNet ResNet-101: 3+4+23+3 = 33 bottleneck blocks."""
+    return resnet_imagenet((3, 4, 23, 3), num_classes)
+
+
+def resnet152(num_classes: int = 1000) -> ResNet:
+    """ImageNet ResNet-152: 3+8+36+3 = 50 bottleneck blocks."""
+    return resnet_imagenet((3, 8, 36, 3), num_classes)
