@@ -1,0 +1,90 @@
+"""Loading the compiled extension ``blockdrop_fast._C``, or saying why there is none."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODULE = "blockdrop_fast._C"
+REBUILD = "pip install --no-build-isolation <the blockdrop_fast source>"
+# Written by setup.py: what was asked for, what was built, and why the rest was not.
+BUILD_RECORD = Path(__file__).with_name("_build_record.json")
+
+
+@dataclass(frozen=True)
+class ExtensionStatus:
+    """Whether the compiled kernels are in use.
+
+    Attributes:
+        state: "loaded", "not built" (the package runs on its references, as was to be expected
+            from its build) or "failed" (there is an extension, and it could not be loaded).
+        reason: why it is not loaded; empty if it is.
+        build_info: what the extension says about its build (see csrc/build_info.cpp); empty if
+            it is not loaded.
+    """
+
+    state: str
+    reason: str = ""
+    build_info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def loaded(self) -> bool:
+        """True if the compiled kernels are registered."""
+        return self.state == "loaded"
+
+
+def build_record() -> dict[str, Any]:
+    """What setup.py wrote down about the build; empty if it never ran for this copy."""
+    try:
+        return json.loads(BUILD_RECORD.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+@functools.cache
+def load_extension() -> ExtensionStatus:
+    """Load the compiled kernels once; never raises, warns if an extension is there but broken.
+
+    Returns:
+        What happened, the same object at every call.
+    """
+    status = _load()
+    if status.state == "failed":
+        warnings.warn(
+            f"blockdrop_fast runs on its slow reference kernels: {status.reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return status
+
+
+def extension_status() -> ExtensionStatus:
+    """Whether the compiled kernels are in use, and if not, why."""
+    return load_extension()
+
+
+def _load() -> ExtensionStatus:
+    record = build_record()
+    if importlib.util.find_spec(MODULE) is None:
+        reason = record.get("why_no_extension") or f"it was never built; run {REBUILD}"
+        return ExtensionStatus("not built", reason)
+    try:
+        module = importlib.import_module(MODULE)
+    except ImportError as error:
+        reason = f"{MODULE} could not be imported ({error})"
+        built_for = record.get("torch")
+        if built_for and built_for != torch.__version__:
+            reason += (
+                f"; it was built for torch {built_for} and torch {torch.__version__} is "
+                f"installed, so rebuild it: {REBUILD}"
+            )
+        return ExtensionStatus("failed", reason)
+    return ExtensionStatus("loaded", build_info=module.build_info())

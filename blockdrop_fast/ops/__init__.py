@@ -1,0 +1,12 @@
+"""Operators: schema, readable reference and shape function of each in one module.
+
+Importing this package also tries to load the compiled kernels. Where there are none, the
+references run instead, and ``blockdrop info`` says why.
+"""
+
+from blockdrop_fast._extension import load_extension
+from blockdrop_fast.ops.plan import plan, plan_reference
+
+__all__ = ["plan", "plan_reference"]
+
+load_extension()
