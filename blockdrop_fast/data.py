@@ -1,8 +1,8 @@
 """Reading data sets: in-memory image sets, ImageNet-style folders, normalisation and batches.
 
-`load_dataset` recognises what lies in a folder and returns its two splits. Small images (CIFAR,
+``load_dataset`` recognises what lies in a folder and returns its two splits. Small images (CIFAR,
 the embedded digits) are kept in memory as uint8 and augmented in batches on the device; larger
-ones are read from their files by a DataLoader. `batches` hides the difference.
+ones are read from their files by a DataLoader. ``batches`` hides the difference.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class Normalization:
         for name in ("mean", "std"):
             values = getattr(self, name)
             if not isinstance(values, (tuple, list)) or len(values) != 3:
-                raise ValueError(
-                    f"{name}: expected three numbers, one a channel, got {values!r}"
-                )
+                raise ValueError(f"{name}: expected three numbers, one a channel, got {values!r}")
             values = tuple(float(value) for value in values)
             if not np.isfinite(values).all():
                 raise ValueError(f"{name}: expected finite numbers, got {values!r}")
@@ -73,13 +71,9 @@ class Normalization:
             ValueError: images do not have three channels.
         """
         if not images.is_floating_point():
-            raise TypeError(
-                f"images: expected floating point values in 0…1, got {images.dtype}"
-            )
+            raise TypeError(f"images: expected floating point values in 0…1, got {images.dtype}")
         if images.dim() < 3 or images.shape[-3] != 3:
-            raise ValueError(
-                f"images: expected shape (…, 3, H, W), got {tuple(images.shape)}"
-            )
+            raise ValueError(f"images: expected shape (…, 3, H, W), got {tuple(images.shape)}")
         if self == NO_NORMALIZATION:
             return images
         mean = images.new_tensor(self.mean).view(3, 1, 1)
@@ -87,31 +81,26 @@ class Normalization:
         return (images - mean).div_(std)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """Return a JSON-ready form, which `from_dict` reads back exactly."""
+        """Return a JSON-ready form, which ``from_dict`` reads back exactly."""
         return {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_dict(cls, values: dict) -> Normalization:
-        """Read what `to_dict` wrote.
+        """Read what ``to_dict`` wrote.
 
         Raises:
             ValueError: other keys than "mean" and "std", or values which are not three numbers.
         """
         if not isinstance(values, dict) or set(values) != {"mean", "std"}:
-            raise ValueError(
-                f"values: expected a dict of 'mean' and 'std', got {values!r}"
-            )
+            raise ValueError(f"values: expected a dict of 'mean' and 'std', got {values!r}")
         return cls(mean=values["mean"], std=values["std"])
 
 
 NO_NORMALIZATION = Normalization(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-IMAGENET_NORMALIZATION = Normalization(
-    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-)
+IMAGENET_NORMALIZATION = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # What the BlockDrop authors' ResNet-32 for CIFAR-10 was trained with.
 R32_C10_NORMALIZATION = Normalization(
-    mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
-    std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
+    mean=(125.3 / 255, 123.0 / 255, 113.9 / 255), std=(63.0 / 255, 62.1 / 255, 66.7 / 255)
 )
 
 
@@ -121,7 +110,7 @@ class ImageSet:
 
     Args:
         images: (N, 3, H, W) uint8.
-        labels: (N,) int64, indices into `classes`, on the device of the images.
+        labels: (N,) int64, indices into ``classes``, on the device of the images.
         classes: name of each class.
         name: the data set's display name.
         flip: whether a mirrored image keeps its class, so that augmentation may mirror it.
@@ -146,10 +135,9 @@ class ImageSet:
                 f"got {labels.dtype} of shape {tuple(labels.shape)}"
             )
         if labels.device != images.device:
-            raise ValueError(
-                f"labels: expected on {images.device}, got on {labels.device}"
-            )
-        _check_labels(labels, len(self.classes))
+            raise ValueError(f"labels: expected on {images.device}, got on {labels.device}")
+        if labels.device.type == "cpu":  # elsewhere a look at the values waits for the device
+            _check_labels(labels, len(self.classes))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -161,7 +149,7 @@ class ImageSet:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images which `batches` yields."""
+        """Height and width in pixels of the images which ``batches`` yields."""
         return tuple(self.images.shape[2:])
 
     @property
@@ -170,12 +158,12 @@ class ImageSet:
         return len(self.classes)
 
     def to(self, device: torch.device | str) -> ImageSet:
-        """Return this split with images and labels on `device`."""
+        """Return this split with images and labels on ``device``."""
         images, labels = self.images.to(device), self.labels.to(device)
         return ImageSet(images, labels, self.classes, self.name, self.flip)
 
     def subset(self, n: int, seed: int = 0) -> ImageSet:
-        """Return `n` images drawn without replacement, in their original order.
+        """Return ``n`` images drawn without replacement, in their original order.
 
         Raises:
             ValueError: n is not in 0…len(self), or the seed is negative.
@@ -191,7 +179,7 @@ class ImageFolder:
 
     Args:
         paths: the N image files.
-        labels: (N,) int64 on the CPU, indices into `classes`.
+        labels: (N,) int64 on the CPU, indices into ``classes``.
         classes: name of each class.
         name: the data set's display name.
         flip: whether a mirrored image keeps its class, so that augmentation may mirror it.
@@ -208,7 +196,7 @@ class ImageFolder:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images which `batches` yields."""
+        """Height and width in pixels of the images which ``batches`` yields."""
         return (CROP_SIZE, CROP_SIZE)
 
     @property
@@ -217,16 +205,14 @@ class ImageFolder:
         return len(self.classes)
 
     def subset(self, n: int, seed: int = 0) -> ImageFolder:
-        """Return `n` images drawn without replacement, in their original order.
+        """Return ``n`` images drawn without replacement, in their original order.
 
         Raises:
             ValueError: n is not in 0…len(self), or the seed is negative.
         """
         chosen = _draw_subset(len(self), n, seed)
         paths = tuple(self.paths[index] for index in chosen.tolist())
-        return ImageFolder(
-            paths, self.labels[chosen], self.classes, self.name, self.flip
-        )
+        return ImageFolder(paths, self.labels[chosen], self.classes, self.name, self.flip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,17 +228,16 @@ class Dataset:
 def load_dataset(data: str | Path | None = None) -> Dataset:
     """Load the data set in a folder, or the embedded digits.
 
-    Recognised are, each as the folder itself or (the first two) as its parent:
-    `cifar-10-batches-py`, `cifar-100-python` in their standard binary form, and a tree of images,
-    `train/` and `test/` or `val/` with a folder for each class, classes in alphabetical order.
-    Nothing is written to the folder.
+    Recognised are ``cifar-10-batches-py`` and ``cifar-100-python`` in their standard form, each as
+    the folder itself or as its parent, and a tree of images, ``train/`` and ``test/`` or ``val/``
+    with a folder for each class, classes in alphabetical order. Nothing is written to the folder.
 
     Args:
         data: the folder; None means the one that the environment variable BLOCKDROP_DATA names,
             and if that is unset, scikit-learn's handwritten digits, scaled up to 32×32.
 
     Returns:
-        The data set; its splits are `ImageSet`s, or `ImageFolder`s for images larger than 64 pixels.
+        The data set; its splits are ``ImageSet``s, for images above 64 pixels ``ImageFolder``s.
 
     Raises:
         FileNotFoundError, NotADirectoryError: the folder, or a file that belongs in it, is missing.
@@ -270,9 +255,7 @@ def load_dataset(data: str | Path | None = None) -> Dataset:
     if not root.exists():
         raise FileNotFoundError(f"{source}: the folder {str(root)!r} does not exist")
     if not root.is_dir():
-        raise NotADirectoryError(
-            f"{source}: expected a folder, {str(root)!r} is a file"
-        )
+        raise NotADirectoryError(f"{source}: expected a folder, {str(root)!r} is a file")
 
     found = [
         (kind, folder)
@@ -286,15 +269,11 @@ def load_dataset(data: str | Path | None = None) -> Dataset:
         )
     if len(found) > 1:
         folders = ", ".join(repr(str(folder)) for _, folder in found)
-        raise ValueError(
-            f"{source}: several data sets found, name one of them: {folders}"
-        )
+        raise ValueError(f"{source}: several data sets found, name one of them: {folders}")
     kind, folder = found[0]
-    return {
-        "cifar10": _load_cifar10,
-        "cifar100": _load_cifar100,
-        "tree": _load_image_tree,
-    }[kind](folder)
+    return {"cifar10": _load_cifar10, "cifar100": _load_cifar100, "tree": _load_image_tree}[kind](
+        folder
+    )
 
 
 def load_digits() -> Dataset:
@@ -323,7 +302,7 @@ def load_digits() -> Dataset:
 
 
 class Batches:
-    """Iterator over the batches of one epoch, with a length; made by `batches`."""
+    """Iterator over the batches of one epoch, with a length; made by ``batches``."""
 
     def __init__(self, iterator: Iterator[tuple[Tensor, Tensor]], length: int) -> None:
         self._iterator = iterator
@@ -356,8 +335,8 @@ def batches(
 ) -> Batches:
     """Iterate over one epoch of a split in normalised batches.
 
-    All randomness is a function of `seed` and `epoch` alone: it does not depend on the device, on
-    other random draws or on the number of workers, so a resumed training sees the same batches.
+    All randomness is a function of ``seed`` and ``epoch`` alone: it does not depend on the device,
+    on other random draws or on the number of workers, so a resumed training sees the same batches.
 
     Args:
         image_set: the split.
@@ -370,7 +349,7 @@ def batches(
         epoch: non-negative.
         device: of the batches; None means where the split lies.
         drop_last: leave out a last batch that is smaller than the others.
-        flip: let augmentation mirror images; None means `image_set.flip`.
+        flip: let augmentation mirror images; None means ``image_set.flip``.
         memory_format: torch.contiguous_format or torch.channels_last.
         workers: processes that read image files; not used for in-memory images.
 
@@ -400,28 +379,16 @@ def batches(
             image_set, batch_size, length, shuffle, augment, flip, generator, device
         )
     else:
-        raw = iter(
-            _file_loader(
-                image_set,
-                batch_size,
-                shuffle,
-                augment,
-                flip,
-                seed,
-                epoch,
-                drop_last,
-                workers,
-            )
+        files = _FileImages(image_set, augment=augment, flip=flip, seed=seed, epoch=epoch)
+        loader = _file_loader(
+            files, batch_size, shuffle=shuffle, drop_last=drop_last, workers=workers
         )
+        raw = iter(loader)
 
     def normalised() -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in raw:
-            images = (
-                images.to(device, non_blocking=True) if device is not None else images
-            )
-            labels = (
-                labels.to(device, non_blocking=True) if device is not None else labels
-            )
+            images = images.to(device, non_blocking=True) if device is not None else images
+            labels = labels.to(device, non_blocking=True) if device is not None else labels
             images = images.to(torch.float32, memory_format=memory_format).div_(255)
             yield normalization.apply(images), labels
 
@@ -463,9 +430,7 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
     padded_width = padded.shape[3]
     rows = offsets[:, :1] + torch.arange(height, device=images.device)  # (B, H)
     columns = torch.arange(width, device=images.device)
-    columns = (
-        torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]
-    )  # (B, W)
+    columns = torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]  # (B, W)
     pixels = (rows * padded_width)[:, :, None] + columns[:, None, :]  # (B, H, W)
     pixels = pixels.view(count, 1, height * width).expand(-1, channels, -1)
     return padded.flatten(2).gather(2, pixels).view(images.shape)
@@ -482,7 +447,7 @@ def image_folder_loader(
     epoch: int = 0,
     normalization: Normalization | None = None,
 ) -> DataLoader:
-    """Make a DataLoader over one split of an ImageNet-style tree, `root/split/class/image`.
+    """Make a DataLoader over one split of an ImageNet-style tree, ``root/split/class/image``.
 
     Evaluation resizes the shorter side to 256 pixels and takes the central 224×224; training takes
     a random crop of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, resized to 224×224,
@@ -509,18 +474,10 @@ def image_folder_loader(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     paths, labels, classes = _list_split(Path(root) / split)
     folder = ImageFolder(paths, labels, classes, Path(root).resolve().name)
-    return _file_loader(
-        folder,
-        batch_size,
-        train,
-        train,
-        True,
-        seed,
-        epoch,
-        train,
-        workers,
-        normalization,
+    files = _FileImages(
+        folder, augment=train, flip=True, seed=seed, epoch=epoch, normalization=normalization
     )
+    return _file_loader(files, batch_size, shuffle=train, drop_last=train, workers=workers)
 
 
 def _memory_batches(
@@ -541,9 +498,7 @@ def _memory_batches(
     order = torch.randperm(total, generator=generator) if shuffle else None
     order = order if order is None else order.to(image_set.device)
     if augment:
-        offsets = torch.randint(
-            2 * CROP_PADDING + 1, (total, 2), generator=generator
-        ).to(device)
+        offsets = torch.randint(2 * CROP_PADDING + 1, (total, 2), generator=generator).to(device)
         flips = torch.randint(2, (total,), generator=generator).bool()
         flips = (flips & flip).to(device)
     for start in range(0, length * batch_size, batch_size):
@@ -562,11 +517,12 @@ class _FileImages(torch.utils.data.Dataset):
     def __init__(
         self,
         folder: ImageFolder,
+        *,
         augment: bool,
         flip: bool,
         seed: int,
         epoch: int,
-        normalization: Normalization | None,
+        normalization: Normalization | None = None,
     ) -> None:
         self.folder = folder
         self.augment = augment
@@ -594,24 +550,18 @@ class _FileImages(torch.utils.data.Dataset):
 
 
 def _file_loader(
-    folder: ImageFolder,
-    batch_size: int,
-    shuffle: bool,
-    augment: bool,
-    flip: bool,
-    seed: int,
-    epoch: int,
-    drop_last: bool,
-    workers: int,
-    normalization: Normalization | None = None,
+    files: _FileImages, batch_size: int, *, shuffle: bool, drop_last: bool, workers: int
 ) -> DataLoader:
     if workers < 0:
         raise ValueError(f"workers: expected at least 0, got {workers}")
-    generator = epoch_generator(seed, epoch)
+    generator = epoch_generator(files.seed, files.epoch)
+    # An order of our own: a DataLoader's depends on whether it has workers, and its generator is
+    # the global one by default.
+    order = torch.randperm(len(files), generator=generator) if shuffle else range(len(files))
     return DataLoader(
-        _FileImages(folder, augment, flip, seed, epoch, normalization),
+        files,
         batch_size=batch_size,
-        shuffle=shuffle,
+        sampler=[int(index) for index in order],
         num_workers=workers,
         drop_last=drop_last,
         generator=generator,
@@ -629,18 +579,13 @@ def _resize_and_center_crop(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + CROP_SIZE, top + CROP_SIZE))
 
 
-def _random_resized_crop(
-    image: Image.Image, random: np.random.Generator
-) -> Image.Image:
+def _random_resized_crop(image: Image.Image, random: np.random.Generator) -> Image.Image:
     """Take 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3 and resize it to 224×224."""
     width, height = image.size
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1.0)
         ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-        crop_width, crop_height = (
-            round(np.sqrt(area * ratio)),
-            round(np.sqrt(area / ratio)),
-        )
+        crop_width, crop_height = (round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio)))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left = int(random.integers(width - crop_width + 1))
             top = int(random.integers(height - crop_height + 1))
@@ -684,12 +629,8 @@ def _load_cifar100(folder: Path) -> Dataset:
 
 def _class_names(meta: dict, key: str, path: Path) -> tuple[str, ...]:
     names = meta.get(key)
-    if not isinstance(names, list) or not all(
-        isinstance(name, (bytes, str)) for name in names
-    ):
-        raise ValueError(
-            f"{path}: expected a list of names under {key!r}, got {names!r}"
-        )
+    if not isinstance(names, list) or not all(isinstance(name, (bytes, str)) for name in names):
+        raise ValueError(f"{path}: expected a list of names under {key!r}, got {names!r}")
     return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
 
 
@@ -699,30 +640,19 @@ def _read_cifar_split(
     images, labels = [], []
     for path in files:
         content = _read_pickle(path)
-        pixels, file_labels = content.get("data"), content.get(label_key)
-        if (
-            not isinstance(pixels, np.ndarray)
-            or pixels.dtype != np.uint8
-            or pixels.ndim != 2
-            or pixels.shape[1] != 3 * 32 * 32
-        ):
-            found = (
-                f"{pixels.dtype} of shape {pixels.shape}"
-                if isinstance(pixels, np.ndarray)
-                else type(pixels).__name__
-            )
-            raise ValueError(
-                f"{path}: expected uint8 (N, 3072) under 'data', got {found}"
-            )
+        array, file_labels = content.get("data"), content.get(label_key)
+        if not isinstance(array, _PickledArray):
+            raise ValueError(f"{path}: expected an array under 'data', got {type(array).__name__}")
+        pixels = array.values
+        if pixels.ndim != 2 or pixels.shape[1] != 3 * 32 * 32:
+            raise ValueError(f"{path}: expected shape (N, 3072) under 'data', got {pixels.shape}")
         if (
             not isinstance(file_labels, list)
             or len(file_labels) != len(pixels)
             or not all(isinstance(label, int) for label in file_labels)
         ):
-            raise ValueError(
-                f"{path}: expected {len(pixels)} integers under {label_key!r}"
-            )
-        images.append(torch.from_numpy(np.array(pixels)).view(-1, 3, 32, 32))
+            raise ValueError(f"{path}: expected {len(pixels)} integers under {label_key!r}")
+        images.append(torch.from_numpy(np.array(pixels, order="C")).view(-1, 3, 32, 32))
         labels.append(torch.tensor(file_labels, dtype=torch.int64))
         try:
             _check_labels(labels[-1], len(classes))
@@ -731,9 +661,39 @@ def _read_cifar_split(
     return ImageSet(torch.cat(images), torch.cat(labels), classes, name)
 
 
-def _dtype_from_pickle(spec: str | bytes, align: int = 0, copy: int = 1) -> np.dtype:
-    # Old pickles pass align and copy as integers, which new numpy versions deprecate.
-    return np.dtype(spec, bool(align), bool(copy))
+class _PickledDtype:
+    """Stands for numpy's uint8, the only type of the arrays in CIFAR files."""
+
+    def __init__(self, spec: str | bytes, *_: object) -> None:
+        if spec not in ("u1", b"u1", "|u1", b"|u1"):
+            raise pickle.UnpicklingError(f"refused an array of type {spec!r}, expected uint8")
+
+    def __setstate__(self, state: object) -> None:
+        """Ignore byte order and alignment, which mean nothing for single bytes."""
+
+
+class _PickledArray:
+    """Takes the place of a numpy array while it is read, so that no code of numpy's runs."""
+
+    def __init__(self, *_: object) -> None:
+        self.values = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, raw = state
+        self._fill(raw, dtype, shape, "F" if fortran else "C")
+
+    def _fill(self, raw: bytes, dtype: _PickledDtype, shape: tuple, order: str) -> None:
+        if not isinstance(dtype, _PickledDtype):
+            raise pickle.UnpicklingError(f"refused an array of type {dtype!r}, expected uint8")
+        self.values = np.frombuffer(raw, np.uint8).reshape(shape, order=order)
+
+
+def _array_from_buffer(
+    raw: bytes, dtype: _PickledDtype, shape: tuple, order: str, *_: object
+) -> _PickledArray:
+    array = _PickledArray()
+    array._fill(raw, dtype, shape, order)
+    return array
 
 
 def _encode_from_pickle(text: str, encoding: str) -> bytes:
@@ -743,20 +703,19 @@ def _encode_from_pickle(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-_PLAIN_GLOBALS = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): _dtype_from_pickle,
+_PLAIN_GLOBALS: dict[tuple[str, str], object] = {
     ("_codecs", "encode"): _encode_from_pickle,
-    # numpy moved its internals from `core` to `_core` in 2.0; files of either version are read.
-    **{
-        (f"numpy.{core}.multiarray", "_reconstruct"): np.ndarray((0,)).__reduce__()[0]
-        for core in ("core", "_core")
-    },
+    ("numpy", "dtype"): _PickledDtype,
+    ("numpy", "ndarray"): "numpy.ndarray",  # an argument of _reconstruct, never called
 }
+# numpy moved its internals from core to _core in 2.0; files of either version are read.
+for _core in ("numpy.core", "numpy._core"):
+    _PLAIN_GLOBALS[f"{_core}.multiarray", "_reconstruct"] = _PickledArray
+    _PLAIN_GLOBALS[f"{_core}.numeric", "_frombuffer"] = _array_from_buffer
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler of built-in containers and numpy arrays, which refuses every other name."""
+    """Unpickler of built-in containers and uint8 arrays, which refuses every other name."""
 
     def find_class(self, module: str, name: str) -> object:
         try:
@@ -779,25 +738,18 @@ def _read_pickle(path: Path) -> dict:
                 f"{path}: damaged, or not a CIFAR file ({type(error).__name__}: {error})"
             ) from error
     if not isinstance(content, dict):
-        raise pickle.UnpicklingError(
-            f"{path}: expected a dict, got {type(content).__name__}"
-        )
+        raise pickle.UnpicklingError(f"{path}: expected a dict, got {type(content).__name__}")
     return {
-        key.decode() if isinstance(key, bytes) else key: value
-        for key, value in content.items()
+        key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()
     }
 
 
 def _load_image_tree(root: Path) -> Dataset:
     test_folders = [root / name for name in ("test", "val") if (root / name).is_dir()]
     if not test_folders:
-        raise FileNotFoundError(
-            f"data: {str(root)!r} has train/ but neither test/ nor val/"
-        )
+        raise FileNotFoundError(f"data: {str(root)!r} has train/ but neither test/ nor val/")
     # ImageNet's own test/ has no labels, hence no class folders: val/ serves then.
-    test_folder = next(
-        (path for path in test_folders if _class_folders(path)), test_folders[0]
-    )
+    test_folder = next((path for path in test_folders if _class_folders(path)), test_folders[0])
     train_paths, train_labels, classes = _list_split(root / "train")
     test_paths, test_labels, test_classes = _list_split(test_folder)
     if classes != test_classes:
@@ -810,9 +762,7 @@ def _load_image_tree(root: Path) -> Dataset:
 
     name = root.resolve().name
     # One header a class tells small images from large ones; decoding checks each size later.
-    first_of_class = [
-        int((train_labels == label).int().argmax()) for label in range(len(classes))
-    ]
+    first_of_class = [int((train_labels == label).int().argmax()) for label in range(len(classes))]
     sizes = [_read_size(train_paths[index]) for index in first_of_class]
     if max(map(max, sizes)) > MAX_IN_MEMORY_SIZE:
         train = ImageFolder(train_paths, train_labels, classes, name)
@@ -836,11 +786,7 @@ def _shorten(names: list[str]) -> str:
 
 def _class_folders(folder: Path) -> list[Path]:
     return sorted(
-        (
-            path
-            for path in folder.iterdir()
-            if path.is_dir() and not path.name.startswith(".")
-        ),
+        (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")),
         key=lambda path: path.name,
     )
 
@@ -862,9 +808,7 @@ def _list_split(folder: Path) -> tuple[tuple[str, ...], Tensor, tuple[str, ...]]
             if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
         )
         if not found:
-            raise ValueError(
-                f"data: the class folder {str(class_folder)!r} holds no images"
-            )
+            raise ValueError(f"data: the class folder {str(class_folder)!r} holds no images")
         paths += found
         counts.append(len(found))
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
@@ -872,9 +816,7 @@ def _list_split(folder: Path) -> tuple[tuple[str, ...], Tensor, tuple[str, ...]]
 
 
 def _unreadable(path: str, error: Exception) -> OSError:
-    return OSError(
-        f"data: cannot read the image {path!r} ({type(error).__name__}: {error})"
-    )
+    return OSError(f"data: cannot read the image {path!r} ({type(error).__name__}: {error})")
 
 
 def _read_size(path: str) -> tuple[int, int]:
@@ -894,9 +836,7 @@ def _read_image(path: str) -> Image.Image:
         raise _unreadable(path, error) from error
 
 
-def _decode_all(
-    paths: tuple[str, ...], size: tuple[int, int], size_from: str
-) -> Tensor:
+def _decode_all(paths: tuple[str, ...], size: tuple[int, int], size_from: str) -> Tensor:
     """Decode images of one size (width, height) into uint8 (N, 3, H, W), in several threads."""
     width, height = size
     pixels = np.empty((len(paths), 3, height, width), dtype=np.uint8)
@@ -926,7 +866,7 @@ def _draw_subset(total: int, n: int, seed: int) -> Tensor:
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         raise ValueError(
             f"labels: expected 0 to {num_classes - 1}, "
             f"got {int(labels.min())} to {int(labels.max())}"
