@@ -29,6 +29,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
@@ -61,6 +62,11 @@ NO_TORCH = f"""
   To install without compiled kernels:
       BLOCKDROP_BUILD=none pip install .
 """
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which pip ignores under --no-build-isolation
+OLD_SETUPTOOLS = f"""
+{PACKAGE}: setuptools {setuptools.__version__} is too old to read pyproject.toml, so:
+    pip install --upgrade "setuptools>={OLDEST_SETUPTOOLS}" wheel ninja pybind11
+"""
 BUILD_FAILED = f"""
 {PACKAGE}: compiling the extension failed, see above.
   BLOCKDROP_BUILD=cpu   leaves the CUDA kernels out
@@ -89,6 +95,7 @@ def choose_build() -> BuildChoice:
     if request == "none":
         reason = "it was installed with BLOCKDROP_BUILD=none"
         return BuildChoice(None, reason, reason)
+    locate_cuda()
     try:
         import torch
         from torch.utils import cpp_extension
@@ -108,6 +115,17 @@ def choose_build() -> BuildChoice:
     if cuda_missing:
         warn(f"{cuda_missing}: building the CPU kernels only")
     return BuildChoice(torch.__version__, why_no_cuda=cuda_missing)
+
+
+def locate_cuda() -> None:
+    """Ask nvcc where its toolkit is: torch goes by nvcc's path, which may be a wrapper's."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    dry_run = subprocess.run(command, capture_output=True, text=True).stderr
+    if top := re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE):
+        os.environ["CUDA_HOME"] = os.path.realpath(top.group(1).strip())
 
 
 def why_no_compiler(cpp_extension) -> str:
@@ -155,6 +173,7 @@ def isa_variants() -> list[str]:
 def make_extension(choice: BuildChoice):
     """The extension, as torch's builder takes it."""
     import pybind11
+    import torch
     from torch.utils import cpp_extension
 
     cuda = not choice.why_no_cuda
@@ -168,6 +187,7 @@ def make_extension(choice: BuildChoice):
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
         macros += [
             ("BLOCKDROP_WITH_CUDA", "1"),
+            ("BLOCKDROP_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("BLOCKDROP_CUDA_ARCHS", f'"{archs.replace(";", " ")}"'),
         ]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
@@ -181,10 +201,14 @@ def make_extension(choice: BuildChoice):
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*")),
     )
     # torch's headers as system headers, so that warnings are ours.
-    system = [pybind11.get_include(), *extension.include_dirs]
+    torch_headers = str(Path(torch.__file__).parent)
+    system = [path for path in extension.include_dirs if path.startswith(torch_headers)]
+    others = [path for path in extension.include_dirs if not path.startswith(torch_headers)]
     for compiler_flags in extension.extra_compile_args.values():
-        compiler_flags += [part for path in system for part in ("-isystem", path)]
-    extension.include_dirs = [str(ROOT / "csrc")]
+        compiler_flags += [
+            part for path in (pybind11.get_include(), *system) for part in ("-isystem", path)
+        ]
+    extension.include_dirs = [str(ROOT / "csrc"), *others]
     return extension
 
 
@@ -241,6 +265,8 @@ def make_commands(choice: BuildChoice) -> dict[str, type]:
 
 
 def main() -> None:
+    if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(OLD_SETUPTOOLS)
     choice = choose_build()
     setup(
         ext_modules=[] if choice.why_no_extension else [make_extension(choice)],

@@ -5,12 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
-#include <string>
-
-#ifdef BLOCKDROP_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
-
 namespace py = pybind11;
 
 namespace {
@@ -26,8 +20,7 @@ py::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["isa_variants"] = py::str(BLOCKDROP_ISA_VARIANTS).attr("split")();
 #ifdef BLOCKDROP_WITH_CUDA
-  info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." +
-                 std::to_string(CUDART_VERSION % 1000 / 10);
+  info["cuda"] = BLOCKDROP_CUDA_VERSION;
   info["cuda_archs"] = py::str(BLOCKDROP_CUDA_ARCHS).attr("split")();
 #else
   info["cuda"] = py::none();

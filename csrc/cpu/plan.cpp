@@ -2,14 +2,14 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <tuple>
 #include <utility>
 #include <vector>
+
+#include "plan.h"
 
 namespace {
 
@@ -21,8 +21,7 @@ constexpr int64_t kGrain = 32768;
 void list_active_images(const bool* decisions,  // [B, K]
                         int32_t* indices,       // [K, B]
                         int32_t* counts,        // [K]
-                        int64_t batch, int64_t num_blocks, int64_t block_begin,
-                        int64_t block_end) {
+                        int64_t batch, int64_t num_blocks, int64_t block_begin, int64_t block_end) {
   std::fill(counts + block_begin, counts + block_end, 0);
   for (int64_t image = 0; image < batch; ++image) {
     const bool* kept = decisions + image * num_blocks;
@@ -56,27 +55,17 @@ void order_by_usage(const int32_t* usage,  // [B], each in [0, num_blocks]
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_cpu(const at::Tensor& decisions) {
-  TORCH_CHECK_VALUE(decisions.dim() == 2, "decisions: expected shape (B, K), got ",
-                    decisions.sizes());
-  TORCH_CHECK_TYPE(decisions.scalar_type() == at::kBool, "decisions: expected dtype torch.bool, got ",
-                   decisions.scalar_type());
+  blockdrop_fast::Plan plan = blockdrop_fast::empty_plan(decisions);
   const int64_t batch = decisions.size(0);
   const int64_t num_blocks = decisions.size(1);
-  TORCH_CHECK_VALUE(batch <= std::numeric_limits<int32_t>::max(),
-                    "decisions: image numbers are int32, got a batch of ", batch);
-
   const at::Tensor contiguous = decisions.contiguous();
-  const auto options = decisions.options().dtype(at::kInt);
-  at::Tensor indices = at::empty({num_blocks, batch}, options);
-  at::Tensor counts = at::empty({num_blocks}, options);
-  at::Tensor order = at::empty({batch}, options);
   const bool* decisions_data = contiguous.const_data_ptr<bool>();
-  int32_t* indices_data = indices.mutable_data_ptr<int32_t>();
-  int32_t* counts_data = counts.mutable_data_ptr<int32_t>();
+  int32_t* indices = plan.indices.mutable_data_ptr<int32_t>();
+  int32_t* counts = plan.counts.mutable_data_ptr<int32_t>();
 
   const int64_t blocks_per_task = 1 + kGrain / std::max<int64_t>(batch, 1);
   at::parallel_for(0, num_blocks, blocks_per_task, [&](int64_t begin, int64_t end) {
-    list_active_images(decisions_data, indices_data, counts_data, batch, num_blocks, begin, end);
+    list_active_images(decisions_data, indices, counts, batch, num_blocks, begin, end);
   });
 
   std::vector<int32_t> usage(batch);
@@ -87,12 +76,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_cpu(const at::Tensor& decisi
       usage[image] = static_cast<int32_t>(std::count(kept, kept + num_blocks, true));
     }
   });
-  order_by_usage(usage.data(), order.mutable_data_ptr<int32_t>(), batch, num_blocks);
-  return {indices, counts, order};
+  order_by_usage(usage.data(), plan.order.mutable_data_ptr<int32_t>(), batch, num_blocks);
+  return {plan.indices, plan.counts, plan.order};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(blockdrop_fast, CPU, m) {
-  m.impl("plan", &plan_cpu);
-}
+TORCH_LIBRARY_IMPL(blockdrop_fast, CPU, m) { m.impl("plan", &plan_cpu); }
