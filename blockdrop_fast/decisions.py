@@ -27,12 +27,13 @@ def check_images(images: Tensor, *, channels: int, size_multiple: int, dtype: to
             f"images: expected dtype {dtype} as the network's weights, got {images.dtype}"
         )
     if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(
-            f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}"
-        )
+        raise ValueError(f"images: expected shape (B, {channels}, H, W), got {tuple(images.shape)}")
     height, width = images.shape[2:]
-    if height < size_multiple or width < size_multiple or height % size_multiple or (
-        width % size_multiple
+    if (
+        height < size_multiple
+        or width < size_multiple
+        or height % size_multiple
+        or (width % size_multiple)
     ):
         raise ValueError(
             f"images: height and width must be positive multiples of {size_multiple}, "

@@ -1,7 +1,7 @@
 """The engine: a frozen model ready to execute. Start reading here.
 
-    images -> policy network -> decisions -> plan -> executor (walk | gather | dense) -> logits
-                                                     ^ folded, packed weights
+images -> policy network -> decisions -> plan -> executor (walk | gather | dense) -> logits
+                                                 ^ folded, packed weights
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ class Engine:
     """A snapshot of a model that runs only the blocks its decisions keep. Made by ``compile``.
 
     Attributes:
+        model: what the engine was compiled from, and takes over at ``refresh``.
         strategy: how the backbone is executed: "gather" or "dense".
         dtype: of weights, images and logits.
         device: of weights and images.
     """
 
-    def __init__(self, model: BlockDrop | ResNet, dtype: torch.dtype, strategy: Strategy,
-                 validate: bool):
-        self._model = model
+    def __init__(
+        self, model: BlockDrop | ResNet, dtype: torch.dtype, strategy: Strategy, validate: bool
+    ):
+        self.model = model
         self._validate = validate
         self.dtype = dtype
         self.strategy = strategy
@@ -43,17 +45,21 @@ class Engine:
 
     def refresh(self) -> None:
         """Take over the model's present weights, batch-norm statistics and device."""
-        backbone = self._model.backbone if isinstance(self._model, BlockDrop) else self._model
-        self.config = backbone.config
-        self.device = backbone.fc.weight.device
-        network = fold_network(backbone, self.dtype)
+        self.config = self.backbone.config
+        self.device = self.backbone.fc.weight.device
+        network = fold_network(self.backbone, self.dtype)
         self._executor = (
             DenseExecutor(network) if self.strategy == "dense" else GatherExecutor(network)
         )
         self._policy = None
-        if isinstance(self._model, BlockDrop):
-            self._policy_pool = self._model.policy.input_pool
-            self._policy = DenseExecutor(fold_network(self._model.policy.network, self.dtype))
+        if isinstance(self.model, BlockDrop):
+            self._policy_pool = self.model.policy.input_pool
+            self._policy = DenseExecutor(fold_network(self.model.policy.network, self.dtype))
+
+    @property
+    def backbone(self) -> ResNet:
+        """The model's backbone."""
+        return self.model.backbone if isinstance(self.model, BlockDrop) else self.model
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Output:
@@ -81,8 +87,10 @@ class Engine:
         """
         self._check(images)
         if self._policy is None:
-            raise RuntimeError("probabilities: this engine was compiled from a bare backbone, "
-                               "which has no policy network")
+            raise RuntimeError(
+                "probabilities: this engine was compiled from a bare backbone, "
+                "which has no policy network"
+            )
         return self._probabilities(images)
 
     @torch.inference_mode()

@@ -323,9 +323,7 @@ def resnet_cifar(
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth: expected 6n+2 (8, 14, 20, 32, …, 110, …), got {depth}")
     n = (depth - 2) // 6
-    return ResNet(
-        ResNetConfig("basic", (n, n, n), (16, 32, 64), "cifar", shortcut, num_classes)
-    )
+    return ResNet(ResNetConfig("basic", (n, n, n), (16, 32, 64), "cifar", shortcut, num_classes))
 
 
 def resnet32(num_classes: int = 10, shortcut: ShortcutKind = "average_pool") -> ResNet:
@@ -344,9 +342,7 @@ def resnet_imagenet(layers: tuple[int, ...], num_classes: int = 1000) -> ResNet:
     The paper's static baselines ResNet-72/75/84 are (3, 4, 14, 3), (3, 4, 15, 3), (3, 4, 18, 3).
     """
     widths = tuple(64 * 2**segment for segment in range(len(layers)))
-    return ResNet(
-        ResNetConfig("bottleneck", layers, widths, "imagenet", "projection", num_classes)
-    )
+    return ResNet(ResNetConfig("bottleneck", layers, widths, "imagenet", "projection", num_classes))
 
 
 def resnet50(num_classes: int = 1000) -> ResNet:

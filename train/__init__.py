@@ -1,0 +1,1 @@
+"""The training procedure of BlockDrop: ``python -m train STAGE``. Run from the clone."""

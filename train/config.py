@@ -1,0 +1,175 @@
+"""What each training stage can be told: one frozen dataclass a stage, and the presets.
+
+Field comments are the command line's help texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every stage."""
+
+    data: Path | None = None
+    """Data set folder; default: BLOCKDROP_DATA, else the embedded handwritten digits."""
+    out: Path = Path("runs/latest")
+    """Folder of this run: checkpoints, metrics, TensorBoard events."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """"cpu", "cuda", …; "auto" takes a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads; default: torch's choice."""
+    workers: int = 2
+    """Processes that read image files (data sets that do not fit in memory)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of training passes; "auto" is bfloat16 autocast on a GPU that has it, else float32."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; the last epoch always has one."""
+    evaluate_every: int = 1
+    """Epochs between evaluations on the test split; the last epoch always has one."""
+    limit: int | None = None
+    """Use only so many training images."""
+
+
+@dataclass(frozen=True)
+class Pretrain(Common):
+    """Train a backbone on all its blocks, from scratch or from a checkpoint."""
+
+    out: Path = Path("runs/pretrain")
+    arch: str = "resnet32"
+    """resnet<6n+2> for 32x32 images, resnet50 / resnet101 / resnet152 for ImageNet sizes."""
+    init: Path | None = None
+    """Backbone checkpoint to start from; its file then tells the architecture."""
+    epochs: int = 160
+    batch_size: int = 128
+    lr: float = 0.1
+    """Peak of the one-cycle schedule (SGD with Nesterov momentum)."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    drop_rate: float = 0.0
+    """Stochastic depth, drawn for each image: the last block's probability of being dropped,
+    falling linearly towards the first block. 0: none."""
+    full_share: float = 0.5
+    """With --drop-rate: share of each batch's images that keep all blocks all the same, so that
+    the complete network stays good."""
+
+
+@dataclass(frozen=True)
+class Policy(Common):
+    """Options of the stages that train a policy network."""
+
+    alpha: float = 0.8
+    """Bounds the sampling distribution: s' = alpha s + (1 - alpha)(1 - s). Paper: 0.8."""
+    samples: int = 1
+    """Sampled decisions an image and step; they share the image's prefix. Paper: 1."""
+    baseline: Literal["self_critical", "leave_one_out"] = "self_critical"
+    """Subtracted from the reward: that of the thresholded decisions (paper), or the mean of the
+    image's other samples and the thresholded decisions."""
+
+
+@dataclass(frozen=True)
+class Curriculum(Policy):
+    """Train a policy network on a frozen backbone (Algorithm 1, lines 3 to 13)."""
+
+    out: Path = Path("runs/curriculum")
+    backbone: Path | None = None
+    """Backbone checkpoint (required)."""
+    policy_init: Path | None = None
+    """ImageNet only: ResNet-18 checkpoint whose first blocks start the policy network."""
+    epochs: int = 5000
+    """Paper: 5,000 (CIFAR), 45 (ImageNet)."""
+    batch_size: int = 2048
+    """Paper: 2,048."""
+    lr: float = 1e-4
+    """Adam. Paper: 1e-4; the authors' commands: 1e-3."""
+    weight_decay: float = 0.0
+    penalty: float = 1.0
+    """gamma: a wrong prediction's reward is -gamma. The authors' curriculum: 1."""
+    entropy: float = 0.1
+    """beta, of the authors' bonus on -s' log s' over all blocks; not in the paper. 0: none."""
+    blocks_per_epoch: float = 1.0
+    """Blocks freed each epoch, last ones first. Paper: 1 (the first K - t stay on in epoch t)."""
+
+
+@dataclass(frozen=True)
+class Finetune(Policy):
+    """Finetune backbone and policy network jointly (Algorithm 1, lines 14 to 16)."""
+
+    out: Path = Path("runs/finetune")
+    model: Path | None = None
+    """BlockDrop checkpoint, of the curriculum (required)."""
+    epochs: int = 2000
+    """Paper, CIFAR: 1,600 at 1e-4 and 400 at 1e-5; ImageNet: 10."""
+    batch_size: int = 256
+    """Paper: 256 (CIFAR), 320 (ImageNet)."""
+    lr: float = 1e-4
+    """Adam, backbone. Paper: 1e-4, then 1e-5 (CIFAR); 1e-5 (ImageNet)."""
+    policy_lr: float | None = None
+    """Adam, policy network; default: as the backbone's."""
+    schedule: Literal["step", "one_cycle"] = "step"
+    """"step" divides by ten after 80 % of the epochs (paper); "one_cycle" warms up and anneals."""
+    weight_decay: float = 0.0
+    penalty: float = 5.0
+    """gamma: a wrong prediction's reward is -gamma. Paper: 2, 5, 10."""
+    bn: Literal["all", "active", "frozen"] = "all"
+    """Batch-norm statistics of a block cover all images of the batch (the authors' code; dropped
+    blocks are computed, so nothing is saved), its active images only, or stay as they are."""
+
+
+@dataclass(frozen=True)
+class Heuristics(Common):
+    """Evaluate FirstK, RandomK and DistributeK on a backbone, as it is (paper, section 4.2)."""
+
+    out: Path = Path("runs/heuristics")
+    model: Path | None = None
+    """BlockDrop or backbone checkpoint (required)."""
+    keep: int | None = None
+    """K, the kept blocks; default: the rounded block usage of the model's own policy."""
+
+
+STAGES = {
+    "pretrain": Pretrain,
+    "curriculum": Curriculum,
+    "finetune": Finetune,
+    "heuristics": Heuristics,
+}
+
+# What two CPU cores can finish for ResNet-32 in an evening; the field defaults are the paper's.
+QUICK = {
+    "pretrain": Pretrain(epochs=4, lr=0.05),
+    "curriculum": Curriculum(
+        epochs=24, batch_size=256, lr=1e-3, samples=3, baseline="leave_one_out"
+    ),
+    "finetune": Finetune(
+        epochs=12,
+        lr=1e-3,
+        schedule="one_cycle",
+        alpha=0.95,
+        samples=3,
+        baseline="leave_one_out",
+        penalty=2.0,
+        bn="active",
+    ),
+    "heuristics": Heuristics(),
+}
+
+PRESETS = {"paper": {stage: config() for stage, config in STAGES.items()}, "quick": QUICK}
+
+
+def recipe(name: str) -> dict[str, Common]:
+    """The authors' ImageNet values for each stage ("R101"): paper, implementation details."""
+    if name != "R101":
+        raise ValueError(f"recipe: expected 'R101', got {name!r}")
+    paper = PRESETS["paper"]
+    return paper | {
+        "pretrain": replace(paper["pretrain"], arch="resnet101", epochs=90, batch_size=256),
+        "curriculum": replace(paper["curriculum"], epochs=45),
+        "finetune": replace(paper["finetune"], epochs=10, batch_size=320, lr=1e-5),
+    }

@@ -1,0 +1,143 @@
+"""Stage 3: joint finetuning of backbone and policy network."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import blockdrop_fast as bdf
+from train.config import Finetune
+from train.loop import (
+    Means,
+    PolicyStatistics,
+    Run,
+    autocast,
+    evaluate_test,
+    evaluation_metrics,
+    prepare,
+    sampling_generator,
+)
+from train.reward import advantages, bounded, policy_gradient_loss, reward, sample
+
+
+def finetune(config: Finetune) -> None:
+    """Train backbone and policy jointly (Algorithm 1, lines 14 to 16).
+
+    loss = policy-gradient loss (summed over the batch) + cross entropy of a sampled pass. With
+    ``--bn all`` both passes are the authors': masked, in train mode, both updating the running
+    statistics. Otherwise the gradient pass computes active images only, and all rewards come from
+    one gradient-free call of an engine that takes over the weights before each step.
+    """
+    device, dataset = prepare(config)
+    model = _load_model(config).to(device, memory_format=torch.channels_last)
+    steps = max(1, len(dataset.train) // config.batch_size) * config.epochs
+    optimizers = [
+        torch.optim.Adam(network.parameters(), lr=lr, weight_decay=config.weight_decay)
+        for network, lr in (
+            (model.backbone, config.lr),
+            (model.policy, config.policy_lr or config.lr),
+        )
+    ]
+    schedulers = [_scheduler(config, optimizer, steps) for optimizer in optimizers]
+    run = Run(config, model, optimizers, schedulers)
+    rewards_of = _masked_rewards if config.bn == "all" else _engine_rewards
+    engine = bdf.compile(model)
+    for epoch in run.epochs():
+        means, statistics = Means(), PolicyStatistics()
+        generator = sampling_generator(config.seed, epoch, device)
+        model.train()
+        if config.bn == "frozen":
+            freeze_batch_norm(model.backbone)
+        for images, labels in run.batches(dataset.train, epoch, config.batch_size):
+            with autocast(config, device):
+                probabilities = model.policy.logits(images).float().sigmoid()
+                exploring = bounded(probabilities, config.alpha)
+                sampled = sample(exploring, config.samples, 0, generator)
+                decisions = torch.cat([bdf.decide(probabilities)[None], sampled])
+                if config.bn != "all":
+                    engine.refresh()
+                logits, correct = rewards_of(model, engine, images, labels, decisions)
+                classification = F.cross_entropy(logits, labels)
+            rewards = reward(correct, decisions, config.penalty)
+            advantage = advantages(rewards[1:], rewards[0], config.baseline)
+            loss = policy_gradient_loss(exploring, sampled, advantage, 0) + classification
+            run.check_finite(
+                loss,
+                epoch=epoch,
+                cross_entropy=float(classification),
+                lr=schedulers[0].get_last_lr()[0],
+            )
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.step()
+                scheduler.step()
+            means.add(
+                len(images),
+                cross_entropy=classification,
+                accuracy=correct[1:].float().mean(),
+                reward=rewards[1:].mean(),
+                thresholded_accuracy=correct[0].float().mean(),
+                thresholded_reward=rewards[0].mean(),
+                thresholded_sparsity=decisions[0].sum(1).float().mean(),
+            )
+            statistics.add(sampled)
+            if run.step % 20 == 0:
+                run.show(**means.items())
+        metrics = {f"train_{name}": value for name, value in means.items().items()}
+        metrics |= statistics.items("train")
+        if run.due(epoch, config.evaluate_every):
+            engine.refresh()
+            evaluation = evaluate_test(engine, dataset, config.workers)
+            full = evaluate_test(bdf.compile(model.backbone), dataset, config.workers)
+            metrics |= evaluation_metrics(evaluation, config.penalty)
+            metrics |= {"test_accuracy_all_blocks": full.accuracy}
+        run.finish_epoch(epoch, metrics)
+
+
+def _masked_rewards(
+    model: bdf.BlockDrop, engine: bdf.Engine, images: Tensor, labels: Tensor, decisions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The authors' two passes: (B, C) logits of the sampled one, (2, B) correct."""
+    with torch.no_grad():
+        thresholded = model.backbone(images, decisions[0]).argmax(1) == labels
+    logits = model.backbone(images, decisions[1])
+    return logits, torch.stack([thresholded, logits.argmax(1) == labels])
+
+
+def _engine_rewards(
+    model: bdf.BlockDrop, engine: bdf.Engine, images: Tensor, labels: Tensor, decisions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A gradient pass of the first sample, on active images: (B, C) logits; (1+S, B) correct."""
+    correct = engine.run_sets(images, decisions).argmax(-1) == labels
+    return model.backbone(images, decisions[1], active_only=True), correct
+
+
+def freeze_batch_norm(network: nn.Module) -> None:
+    """Batch norm with running statistics that stay as they are; its weights still train."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def _scheduler(
+    config: Finetune, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if config.schedule == "one_cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, optimizer.param_groups[0]["lr"], total_steps=steps, cycle_momentum=False
+        )
+    return torch.optim.lr_scheduler.StepLR(optimizer, max(1, round(0.8 * steps)), gamma=0.1)
+
+
+def _load_model(config: Finetune) -> bdf.BlockDrop:
+    if config.model is None:
+        raise ValueError("model: a BlockDrop checkpoint is required")
+    if config.bn == "all" and config.samples != 1:
+        raise ValueError(
+            f"samples: got {config.samples}, but --bn all is the authors' procedure, where every "
+            "pass updates the batch-norm statistics: it takes 1 (or use --bn active)"
+        )
+    return bdf.load(config.model).requires_grad_(True)

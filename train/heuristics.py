@@ -1,0 +1,53 @@
+"""FirstK, RandomK and DistributeK on a backbone as it is (BlockDrop section 4.2)."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+import blockdrop_fast as bdf
+from blockdrop_fast.files import atomic_write
+from train.config import Heuristics
+from train.loop import evaluate_test, prepare
+
+
+def heuristics(config: Heuristics) -> None:
+    """Evaluate the three heuristics at K kept blocks, beside the model's own policy."""
+    if config.model is None:
+        raise ValueError("model: a BlockDrop or backbone checkpoint is required")
+    device, dataset = prepare(config)
+    try:
+        model = bdf.load(config.model)
+    except bdf.CheckpointError:  # no policy network in it
+        model = bdf.load_backbone(config.model)
+    engine = bdf.compile(model.to(device, memory_format=torch.channels_last))
+    segments = engine.config.layers
+    rows = {}
+    keep = config.keep
+    if isinstance(model, bdf.BlockDrop):
+        rows["policy"] = evaluate_test(engine, dataset, config.workers)
+        keep = round(rows["policy"].block_usage) if keep is None else keep
+    if keep is None:
+        raise ValueError("keep: required for a backbone without a policy network")
+    rows["all blocks"] = evaluate_test(bdf.compile(engine.backbone), dataset, config.workers)
+    contenders = {
+        "FirstK": lambda batch: bdf.heuristics.first_k(keep, segments, batch),
+        "RandomK": lambda batch: bdf.heuristics.random_k(keep, segments, batch, seed=config.seed),
+        "RandomK, per image": lambda batch: bdf.heuristics.random_k(
+            keep, segments, batch, seed=config.seed, per_image=True
+        ),
+        "DistributeK": lambda batch: bdf.heuristics.distribute_k(keep, segments, batch),
+    }
+    for name, decide in contenders.items():
+        rows[name] = evaluate_test(
+            engine,
+            dataset,
+            config.workers,
+            lambda images, decide=decide: decide(len(images)).to(device),
+        )
+    for name, row in rows.items():
+        print(f"{name:20} accuracy {100 * row.accuracy:6.2f} %  blocks {row.block_usage:5.2f}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(config.out / "heuristics.json") as path:
+        path.write_text(json.dumps({name: row.to_dict() for name, row in rows.items()}, indent=1))

@@ -1,0 +1,296 @@
+"""What all stages share: a run's folder, resuming, logging, and stopping on NaN."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import blockdrop_fast as bdf
+from blockdrop_fast import data as bdf_data
+from blockdrop_fast.evaluation import Evaluation, evaluate
+from blockdrop_fast.files import atomic_write
+from train.config import Common
+
+STATE_FILE = "state.pt"
+MODEL_FILE = "model.safetensors"
+METRICS_FILE = "metrics.json"
+
+# A run may be resumed with other values of these: they do not change what it computes.
+RESUMABLE = {
+    "data",
+    "out",
+    "resume",
+    "device",
+    "threads",
+    "workers",
+    "checkpoint_every",
+    "evaluate_every",
+}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the last checkpoint is as it was."""
+
+
+class Run:
+    """One training run: its folder, its state on disk, its logs.
+
+    Args:
+        config: of the stage.
+        model: what the run trains and saves (BlockDrop or a backbone).
+        optimizers: whose state a checkpoint holds.
+        schedulers: likewise.
+
+    Raises:
+        FileExistsError: the folder holds a run and ``--resume`` was not given.
+        ValueError: ``--resume`` with other options than the run was started with.
+    """
+
+    def __init__(
+        self,
+        config: Common,
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        schedulers: list[torch.optim.lr_scheduler.LRScheduler],
+    ):
+        self.config = config
+        self.model = model
+        self.optimizers = optimizers
+        self.schedulers = schedulers
+        self.history: list[dict] = []
+        self.first_epoch = 1
+        self.step = 0
+        config.out.mkdir(parents=True, exist_ok=True)
+        state_path = config.out / STATE_FILE
+        if state_path.exists():
+            if not config.resume:
+                raise FileExistsError(
+                    f"out: {config.out} holds a run already; continue it with --resume, or name "
+                    "another folder"
+                )
+            self._restore(state_path)
+        self._writer = SummaryWriter(str(config.out), purge_step=self.first_epoch)
+
+    def epochs(self) -> range:
+        """The epochs still to do, 1-based."""
+        return range(self.first_epoch, self.config.epochs + 1)
+
+    def batches(
+        self, image_set: bdf_data.ImageSet | bdf_data.ImageFolder, epoch: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled, augmented training batches under a progress bar; a function of the epoch."""
+        batches = bdf_data.batches(
+            image_set,
+            batch_size,
+            shuffle=True,
+            augment=True,
+            normalization=normalization_of(self.model),
+            seed=self.config.seed,
+            epoch=epoch,
+            device=device_of(self.model),
+            drop_last=len(image_set) >= batch_size,
+            memory_format=torch.channels_last,
+            workers=self.config.workers,
+        )
+        self._bar = tqdm(
+            batches, desc=f"epoch {epoch}/{self.config.epochs}", unit="step", mininterval=5
+        )
+        started, self._images = time.monotonic(), 0
+        for images, labels in self._bar:
+            self.step += 1
+            yield images, labels
+            self._images += len(images)
+        self.images_per_second = self._images / (time.monotonic() - started)
+
+    def show(self, **values: float) -> None:
+        """Put running values on the progress bar."""
+        self._bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+
+    def check_finite(self, loss: Tensor, **seen: object) -> None:
+        """Stop on NaN or infinity.
+
+        Raises:
+            NonFiniteLossError: naming the step and what was seen.
+        """
+        if not torch.isfinite(loss):
+            details = ", ".join(f"{name}={value}" for name, value in seen.items())
+            raise NonFiniteLossError(
+                f"loss is {loss.item()} at step {self.step} ({details}); the last checkpoint in "
+                f"{self.config.out} is intact. A lower --lr may help."
+            )
+
+    def finish_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
+        """Log an epoch's metrics under their names, and write a checkpoint where one is due."""
+        metrics = {"epoch": epoch, "images_per_second": self.images_per_second} | metrics
+        self.history.append(metrics)
+        for name, value in metrics.items():
+            if name != "epoch":
+                self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+        print(
+            f"epoch {epoch}: "
+            + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "epoch")
+        )
+        if self.due(epoch, self.config.checkpoint_every):
+            self._save(epoch)
+
+    def due(self, epoch: int, every: int) -> bool:
+        """Whether something that happens every so many epochs, and after the last, is due."""
+        return epoch == self.config.epochs or epoch % every == 0
+
+    def _save(self, epoch: int) -> None:
+        state = {
+            "epoch": epoch,
+            "step": self.step,
+            "config": json.dumps(asdict(self.config), default=str),
+            "history": json.dumps(self.history),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+        }
+        bdf.save(self.model, self.config.out / MODEL_FILE)
+        with atomic_write(self.config.out / METRICS_FILE) as path:
+            path.write_text(json.dumps(self.history, indent=1))
+        # Last: what a resumed run starts from is never older than the files beside it.
+        with atomic_write(self.config.out / STATE_FILE) as path:
+            torch.save(state, path)
+
+    def _restore(self, path: Path) -> None:
+        state = torch.load(path, map_location=device_of(self.model), weights_only=True)
+        started_with = json.loads(state["config"])
+        now = json.loads(json.dumps(asdict(self.config), default=str))
+        changed = [
+            f"{name} {started_with.get(name)} -> {now[name]}"
+            for name in now
+            if name not in RESUMABLE and started_with.get(name) != now[name]
+        ]
+        if changed:
+            raise ValueError(
+                "resume: the run was started with other options: " + ", ".join(changed)
+            )
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+        self.history = json.loads(state["history"])
+        self.first_epoch = state["epoch"] + 1
+        self.step = state["step"]
+
+
+class Means:
+    """Running means of an epoch's metrics, without a device synchronisation a step."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weight = 0
+
+    def add(self, weight: int, **values: Tensor) -> None:
+        """Add scalars tensors, each a mean over ``weight`` images."""
+        for name, value in values.items():
+            term = value.detach().double() * weight
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+        self._weight += weight
+
+    def items(self) -> dict[str, float]:
+        """The means so far."""
+        return {name: float(total) / self._weight for name, total in self._sums.items()}
+
+
+class PolicyStatistics:
+    """The authors' numbers on an epoch's decisions: sparsity, variance, unique policies."""
+
+    def __init__(self) -> None:
+        self._policies: set[bytes] = set()
+        self._usage: list[Tensor] = []
+
+    def add(self, decisions: Tensor) -> None:
+        """Add (…, K) decisions."""
+        decisions = decisions.flatten(0, -2)
+        self._usage.append(decisions.sum(-1).cpu())
+        packed = decisions.unique(dim=0).cpu().numpy()
+        self._policies.update(row.tobytes() for row in packed)
+
+    def items(self, split: str) -> dict[str, float]:
+        """Scalars under the authors' TensorBoard names ("variance" is a standard deviation)."""
+        usage = torch.cat(self._usage).double()
+        return {
+            f"{split}_sparsity": float(usage.mean()),
+            f"{split}_variance": float(usage.std(correction=0)),
+            f"{split}_unique_policies": len(self._policies),
+        }
+
+
+def evaluation_metrics(evaluation: Evaluation, penalty: float) -> dict[str, float]:
+    """Test metrics, at thresholded decisions, under the authors' TensorBoard names."""
+    return {
+        "test_accuracy": evaluation.accuracy,
+        "test_reward": evaluation.reward(penalty),
+        "test_sparsity": evaluation.block_usage,
+        "test_variance": evaluation.block_usage_std,
+        "test_unique_policies": evaluation.unique_policies,
+    }
+
+
+def prepare(config: Common) -> tuple[torch.device, bdf_data.Dataset]:
+    """Apply thread and device options, and load the data set."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    dataset = bdf_data.load_dataset(config.data)
+    train = dataset.train if config.limit is None else dataset.train.subset(config.limit)
+    test = dataset.test
+    if isinstance(train, bdf_data.ImageSet):
+        train, test = train.to(device), test.to(device)
+    return device, bdf_data.Dataset(train, test, dataset.name, dataset.classes)
+
+
+def autocast(config: Common, device: torch.device) -> AbstractContextManager:
+    """Mixed precision of training passes where the device has it."""
+    bfloat16 = config.precision == "bfloat16" or (
+        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+
+
+def evaluate_test(
+    engine: bdf.Engine, dataset: bdf_data.Dataset, workers: int, decide=None, batch_size: int = 250
+) -> Evaluation:
+    """Evaluate on the test split."""
+    batches = bdf_data.batches(
+        dataset.test,
+        batch_size,
+        normalization=normalization_of(engine.model),
+        device=engine.device,
+        memory_format=torch.channels_last,
+        workers=workers,
+    )
+    return evaluate(engine, batches, decide)
+
+
+def normalization_of(model: nn.Module) -> bdf_data.Normalization:
+    """What the model's images are normalised with."""
+    backbone = model.backbone if isinstance(model, bdf.BlockDrop) else model
+    return backbone.normalization or bdf_data.NO_NORMALIZATION
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are."""
+    return next(model.parameters()).device
+
+
+def sampling_generator(seed: int, epoch: int, device: torch.device) -> torch.Generator:
+    """The generator of an epoch's random decisions: the same after a resume."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + epoch) * 2 + 1)

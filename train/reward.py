@@ -1,0 +1,92 @@
+"""Reward, advantage and policy-gradient loss (BlockDrop section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reward(correct: Tensor, decisions: Tensor, penalty: float) -> Tensor:
+    """R(u), equation 3: ``1 - (|u|_0 / K)^2`` if the prediction is right, else ``-penalty``.
+
+    Args:
+        correct: (…, B) bool.
+        decisions: (…, B, K) bool, 1 = keep.
+        penalty: gamma.
+
+    Returns:
+        (…, B) float32.
+    """
+    usage = decisions.float().mean(-1)
+    return torch.where(correct, 1 - usage**2, torch.full_like(usage, -penalty))
+
+
+def bounded(probabilities: Tensor, alpha: float) -> Tensor:
+    """s' = alpha s + (1 - alpha)(1 - s), which lies in 1 - alpha … alpha and keeps exploring."""
+    return alpha * probabilities + (1 - alpha) * (1 - probabilities)
+
+
+def forced_blocks(num_blocks: int, epoch: int, blocks_per_epoch: float = 1.0) -> int:
+    """How many first blocks the curriculum forces on in epoch t (1-based): K - t, at least 0."""
+    return max(0, num_blocks - int(epoch * blocks_per_epoch))
+
+
+def sample(probabilities: Tensor, samples: int, forced: int, generator: torch.Generator) -> Tensor:
+    """Draw decisions u ~ Bernoulli(s'), the first ``forced`` blocks on.
+
+    Args:
+        probabilities: (B, K), s'.
+
+    Returns:
+        (samples, B, K) bool.
+    """
+    expanded = probabilities.detach().expand(samples, -1, -1)
+    decisions = torch.bernoulli(expanded, generator=generator).bool()
+    decisions[..., :forced] = True
+    return decisions
+
+
+def advantages(sampled: Tensor, thresholded: Tensor, baseline: str) -> Tensor:
+    """What each sample's reward is better by than its baseline.
+
+    Args:
+        sampled: (S, B) rewards of the sampled decisions.
+        thresholded: (B,) reward of the thresholded decisions.
+        baseline: "self_critical": the thresholded decisions' reward (equation 6).
+            "leave_one_out": the mean over the image's other samples and the thresholded
+            decisions; unbiased as well, and less noisy the more samples there are.
+
+    Returns:
+        (S, B).
+    """
+    if baseline == "self_critical":
+        return sampled - thresholded
+    if baseline == "leave_one_out":
+        others = sampled.sum(0) - sampled + thresholded
+        return sampled - others / sampled.shape[0]
+    raise ValueError(f"baseline: expected 'self_critical' or 'leave_one_out', got {baseline!r}")
+
+
+def policy_gradient_loss(
+    probabilities: Tensor, decisions: Tensor, advantage: Tensor, forced: int
+) -> Tensor:
+    """Minus the expected gradient's integrand (equation 6), mean over samples, sum over images.
+
+    Args:
+        probabilities: (B, K), s', with gradient.
+        decisions: (S, B, K) bool, drawn from s'.
+        advantage: (S, B).
+        forced: log-probabilities of the first ``forced`` blocks, which were not drawn, are
+            masked out.
+
+    Returns:
+        Scalar.
+    """
+    chosen = torch.where(decisions, probabilities, 1 - probabilities)
+    log_probability = chosen[..., forced:].log().sum(-1)
+    return -(advantage * log_probability).mean(0).sum()
+
+
+def entropy_bonus(probabilities: Tensor) -> Tensor:
+    """Sum of -s' log s' over images and all blocks, also forced ones (the authors' code)."""
+    return -(probabilities * probabilities.log()).sum()
