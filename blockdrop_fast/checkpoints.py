@@ -260,10 +260,10 @@ def _read(path: Path) -> tuple[dict, dict | None]:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line and without PyTorch's advice to load unsafely."""
-    text = str(error)
-    match = re.search(r"WeightsUnpickler error: ([^\n.]*(?:\.\S[^\n.]*)*)", text)
-    return (match.group(1) if match else text.split("\n")[0]).strip()[:200]
+    """The line of PyTorch's message that says what was found, without its advice around it."""
+    lines = [line.split("WeightsUnpickler error:")[-1].strip() for line in str(error).split("\n")]
+    telling = [line for line in lines if re.search(r"unsupported|global", line, re.IGNORECASE)]
+    return (telling or lines)[0].split(". Please")[0][:200]
 
 
 def _read_safetensors(path: Path) -> tuple[Tensors, dict | None]:
