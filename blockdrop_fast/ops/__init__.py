@@ -6,7 +6,22 @@ references run instead, and ``blockdrop info`` says why.
 
 from blockdrop_fast._extension import load_extension
 from blockdrop_fast.ops.plan import plan, plan_reference
+from blockdrop_fast.ops.walk import (
+    walk,
+    walk_isa,
+    walk_policy,
+    walk_policy_reference,
+    walk_reference,
+)
 
-__all__ = ["plan", "plan_reference"]
+__all__ = [
+    "plan",
+    "plan_reference",
+    "walk",
+    "walk_isa",
+    "walk_policy",
+    "walk_policy_reference",
+    "walk_reference",
+]
 
 load_extension()

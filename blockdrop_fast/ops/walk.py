@@ -1,0 +1,277 @@
+"""The walk: a whole CIFAR network image by image, each along its own path.
+
+Kernels: ``csrc/cpu/walk.cpp`` and beside it ``walk_kernels.h``.
+
+Packed weights are one float32 vector, so that a kernel finds everything by counting:
+
+* the stem, then both convolutions of each block: the bias (C_out), then the weights
+  (C_out / b, 3, 3, C_in, b) with b = min(C_out, 32) output channels side by side;
+* the classifier: the bias, then the weights (64, classes), with classes rounded up to a
+  multiple of 16 and filled with zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blockdrop_fast._extension import extension_status
+from blockdrop_fast.ops._library import LIBRARY, REFERENCE
+
+WIDTHS = (16, 32, 64)
+BLOCK_CHANNELS = 32
+CLASS_MULTIPLE = 16
+SIZE_MULTIPLE = 4
+
+_NETWORK = "Tensor weights, int[] layers, int num_classes, bool subsample"
+LIBRARY.define(
+    f"walk(Tensor images, Tensor decisions, {_NETWORK}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    f"walk_policy(Tensor images, {_NETWORK}, Tensor policy_weights, int[] policy_layers)"
+    " -> (Tensor logits, Tensor decisions, Tensor policy_logits)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def walk(
+    images: Tensor,
+    decisions: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    subsample: bool,
+) -> Tensor:
+    """Run a CIFAR ResNet, each image through the blocks that its decisions keep.
+
+    An image's logits are the same, bit for bit, whatever batch it is in and however many threads
+    run; with several decision sets, blocks before the sets differ are computed once.
+
+    Args:
+        images: (B, 3, H, W) float32, of any strides; H and W multiples of 4; B may be 0.
+        decisions: (B, K) bool, or (S, B, K) for S sets of decisions of the same images.
+        weights: float32 vector of packed weights, see the module's docstring.
+        layers: the residual blocks of the three segments of 16, 32 and 64 channels; K is their sum.
+        num_classes: number of classes.
+        subsample: shape-changing shortcuts take every second pixel and put zero channels on both
+            sides; otherwise they average-pool and put zero channels behind.
+
+    Returns:
+        (B, num_classes) or (S, B, num_classes) logits.
+
+    Raises:
+        TypeError: images or weights are not float32, decisions not bool.
+        ValueError: shapes that do not fit each other, or the layout above.
+    """
+    return torch.ops.blockdrop_fast.walk(
+        images, decisions, weights, layers, num_classes, subsample
+    )
+
+
+def walk_policy(
+    images: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    subsample: bool,
+    policy_weights: Tensor,
+    policy_layers: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the policy network, and the backbone at its thresholded decisions.
+
+    Args:
+        images, weights, layers, num_classes, subsample: as for ``walk``.
+        policy_weights: packed like ``weights``; a network of K classes, average-pooling shortcuts.
+        policy_layers: the residual blocks of the policy network's segments.
+
+    Returns:
+        logits: (B, num_classes).
+        decisions: (B, K) bool, True where sigmoid(policy logit) >= 0.5.
+        policy_logits: (B, K).
+
+    Raises:
+        TypeError, ValueError: as for ``walk``.
+    """
+    return torch.ops.blockdrop_fast.walk_policy(
+        images, weights, layers, num_classes, subsample, policy_weights, policy_layers
+    )
+
+
+def walk_isa() -> str:
+    """The instruction set that the walk runs with here.
+
+    Returns:
+        "avx512", "avx2", "portable", or "reference" without compiled kernels. The environment
+        variable BLOCKDROP_CPU_ISA chooses another than the best one, at any time.
+
+    Raises:
+        ValueError: BLOCKDROP_CPU_ISA names none of these.
+        RuntimeError: it names one that this processor or build does not support.
+    """
+    return torch.ops.blockdrop_fast.walk_isa() if extension_status().loaded else "reference"
+
+
+def pack_conv(weight: Tensor, bias: Tensor) -> Tensor:
+    """(C_out, C_in, 3, 3) weight and (C_out,) bias -> vector for the kernels."""
+    block = min(weight.shape[0], BLOCK_CHANNELS)
+    blocks = weight.unflatten(0, (-1, block))  # (blocks, block, in, ky, kx)
+    return torch.cat([bias, blocks.permute(0, 3, 4, 2, 1).flatten()])
+
+
+def pack_classifier(weight: Tensor, bias: Tensor) -> Tensor:
+    """(num_classes, 64) weight and (num_classes,) bias -> vector for the kernels."""
+    extra = -len(bias) % CLASS_MULTIPLE
+    return torch.cat([F.pad(bias, (0, extra)), F.pad(weight.t(), (0, extra)).flatten()])
+
+
+def walk_reference(
+    images: Tensor,
+    decisions: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    subsample: bool,
+) -> Tensor:
+    """What ``walk`` computes, in PyTorch operations; of any floating-point dtype, on any device."""
+    if decisions.ndim == 3:
+        arguments = (weights, layers, num_classes, subsample)
+        if len(decisions) == 0:
+            return images.new_empty(0, len(images), num_classes)
+        return torch.stack([walk_reference(images, one, *arguments) for one in decisions])
+    _check(images, decisions, weights, layers, num_classes)
+    parts = _unpack(weights, layers, num_classes)
+    x = F.relu(F.conv2d(images, *next(parts), padding=1))
+    block = 0
+    for segment, num_blocks in enumerate(layers):
+        for index in range(num_blocks):
+            stride = 2 if segment > 0 and index == 0 else 1
+            shortcut = _shortcut(x, subsample) if stride == 2 else x
+            hidden = F.relu(F.conv2d(x, *next(parts), stride=stride, padding=1))
+            kept = F.relu(F.conv2d(hidden, *next(parts), padding=1) + shortcut)
+            x = torch.where(decisions[:, block, None, None, None], kept, shortcut)
+            block += 1
+    return F.linear(x.mean((2, 3)), *next(parts))
+
+
+def walk_policy_reference(
+    images: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    subsample: bool,
+    policy_weights: Tensor,
+    policy_layers: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``walk_policy`` computes, in PyTorch operations."""
+    keep_all = images.new_ones(len(images), sum(policy_layers), dtype=torch.bool)
+    policy_logits = walk_reference(
+        images, keep_all, policy_weights, policy_layers, sum(layers), False
+    )
+    decisions = policy_logits >= 0
+    logits = walk_reference(images, decisions, weights, layers, num_classes, subsample)
+    return logits, decisions, policy_logits
+
+
+def _shortcut(x: Tensor, subsample: bool) -> Tensor:
+    extra = x.shape[1]
+    if subsample:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra // 2, extra // 2))
+    return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, extra))
+
+
+def _shapes(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(C_in, C_out) of the stem and of the blocks' convolutions, in order."""
+    yield 3, WIDTHS[0]
+    channels = WIDTHS[0]
+    for width, num_blocks in zip(WIDTHS, layers, strict=True):
+        for _ in range(num_blocks):
+            yield channels, width
+            yield width, width
+            channels = width
+
+
+def _packed_size(layers: Sequence[int], num_classes: int) -> int:
+    convs = sum(c_out * (1 + 9 * c_in) for c_in, c_out in _shapes(layers))
+    return convs + (1 + WIDTHS[-1]) * (num_classes + -num_classes % CLASS_MULTIPLE)
+
+
+def _unpack(
+    weights: Tensor, layers: Sequence[int], num_classes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(weight, bias) of each convolution in order, and of the classifier."""
+    offset = 0
+    for c_in, c_out in _shapes(layers):
+        block = min(c_out, BLOCK_CHANNELS)
+        bias = weights[offset : offset + c_out]
+        offset += c_out
+        packed = weights[offset : offset + 9 * c_in * c_out].view(-1, 3, 3, c_in, block)
+        offset += 9 * c_in * c_out
+        yield packed.permute(0, 4, 3, 1, 2).flatten(0, 1), bias
+    packed = weights[offset:].view(1 + WIDTHS[-1], -1)[:, :num_classes]
+    yield packed[1:].t(), packed[0]
+
+
+def _check(
+    images: Tensor, decisions: Tensor, weights: Tensor, layers: Sequence[int], num_classes: int
+) -> None:
+    if images.dtype != weights.dtype:
+        raise TypeError(f"images: expected dtype {weights.dtype}, got {images.dtype}")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
+    if any(size == 0 or size % SIZE_MULTIPLE for size in images.shape[2:]):
+        raise ValueError(
+            "images: height and width must be positive multiples of 4, got "
+            f"{images.shape[2]}x{images.shape[3]}"
+        )
+    if len(layers) != len(WIDTHS) or min(layers) < 1:
+        raise ValueError(f"layers: expected at least one block in 3 segments, got {list(layers)}")
+    if decisions.dtype != torch.bool:
+        raise TypeError(f"decisions: expected dtype torch.bool, got {decisions.dtype}")
+    if decisions.shape != (len(images), sum(layers)):
+        raise ValueError(
+            f"decisions: expected shape (B, K) = ({len(images)}, {sum(layers)}), "
+            f"got {tuple(decisions.shape)}"
+        )
+    if weights.ndim != 1 or len(weights) != _packed_size(layers, num_classes):
+        raise ValueError(
+            f"weights: expected a vector of {_packed_size(layers, num_classes)} packed values, "
+            f"got shape {tuple(weights.shape)}"
+        )
+
+
+def _walk_fake(
+    images: Tensor,
+    decisions: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    subsample: bool,
+) -> Tensor:
+    return images.new_empty((*decisions.shape[:-1], num_classes))
+
+
+def _walk_policy_fake(
+    images: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    subsample: bool,
+    policy_weights: Tensor,
+    policy_layers: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_blocks = images.shape[0], sum(layers)
+    return (
+        images.new_empty((batch, num_classes)),
+        images.new_empty((batch, num_blocks), dtype=torch.bool),
+        images.new_empty((batch, num_blocks)),
+    )
+
+
+LIBRARY.impl("walk", walk_reference, REFERENCE)
+LIBRARY.impl("walk_policy", walk_policy_reference, REFERENCE)
+torch.library.register_fake("blockdrop_fast::walk", _walk_fake, lib=LIBRARY)
+torch.library.register_fake("blockdrop_fast::walk_policy", _walk_policy_fake, lib=LIBRARY)

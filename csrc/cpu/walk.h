@@ -1,0 +1,69 @@
+// What the parts of the CPU walk share: the kernels that exist once for each instruction set
+// (walk_kernels.h, compiled by walk_<isa>.cpp) and the program that calls them (walk.cpp).
+//
+// Activations are padded channels-last: [height + 2, width + 2, channels], a border of zeros
+// around the image, so that no convolution tests where it is.
+
+#pragma once
+
+namespace blockdrop::walk {
+
+// Output channels that are stored together in packed weights.
+constexpr int kBlockChannels = 32;
+
+constexpr int block_channels(int channels) {
+  return channels < kBlockChannels ? channels : kBlockChannels;
+}
+
+// A part of one layer: rows [row_begin, row_end) of the output, and of its channel blocks
+// [block_begin, block_end). Every output element is the same sum in the same order however a
+// layer is cut into parts.
+struct Part {
+  int row_begin, row_end;
+  int block_begin, block_end;
+};
+
+// output = relu(convolution(input) + bias + residual)
+struct Conv {
+  const float* input;     // [stride * height + 2, stride * width + 2, in_channels]
+  const float* weights;   // [out_channels] bias, then [out_channels / b, 3, 3, in_channels, b],
+                          // where b = block_channels(out_channels)
+  const float* residual;  // [height + 2, width + 2, out_channels], may be the output; or null
+  float* output;          // [height + 2, width + 2, out_channels]
+  int height, width;      // of the output
+};
+
+// The shortcut of a block that halves the image and doubles the channels.
+struct Shortcut {
+  const float* input;  // [2 * height + 2, 2 * width + 2, channels]
+  float* output;       // [height + 2, width + 2, 2 * channels]
+  int height, width;   // of the output
+  int channels;        // of the input
+  bool subsample;      // every second pixel, zero channels on both sides; else average pooling,
+                       // zero channels behind
+};
+
+// logits = weights * mean(input over pixels) + bias
+struct Classifier {
+  const float* input;    // [height + 2, width + 2, 64]
+  const float* weights;  // [padded_classes] bias, then [64, padded_classes]
+  float* logits;         // [padded_classes]
+  int height, width;
+  int padded_classes;  // a multiple of 16
+};
+
+struct Kernels {
+  const char* name;
+  void (*stem)(const Conv&, const Part&);              // 3 -> 16 channels
+  void (*convs[3])(const Conv&, const Part&);          // 16, 32, 64 channels
+  void (*strided_convs[3])(const Conv&, const Part&);  // null, 16 -> 32, 32 -> 64, stride 2
+  void (*shortcut)(const Shortcut&, const Part&);      // uses the rows of the part
+  void (*classifier)(const Classifier&);
+};
+
+// Null where this build does not have the instruction set.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace blockdrop::walk
