@@ -762,7 +762,7 @@ def _load_image_tree(root: Path) -> Dataset:
 
     name = root.resolve().name
     # One header a class tells small images from large ones; decoding checks each size later.
-    first_of_class = [int((train_labels == label).int().argmax()) for label in range(len(classes))]
+    first_of_class = torch.searchsorted(train_labels, torch.arange(len(classes))).tolist()
     sizes = [_read_size(train_paths[index]) for index in first_of_class]
     if max(map(max, sizes)) > MAX_IN_MEMORY_SIZE:
         train = ImageFolder(train_paths, train_labels, classes, name)

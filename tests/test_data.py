@@ -672,6 +672,20 @@ def test_training_crops_do_not_depend_on_workers(large_tree):
     assert not torch.equal(here[0][0], later[0][0])
 
 
+def test_training_crops_differ_between_images_epochs_and_seeds(large_tree):
+    split = load_dataset(large_tree).train.subset(1)
+    twice = ImageFolder(split.paths * 2, split.labels.repeat(2), split.classes, split.name)
+
+    def crops(seed, number):  # unshuffled, so that only the crops can differ
+        return next(batches(twice, 2, augment=True, seed=seed, epoch=number, workers=0))[0]
+
+    first = crops(0, 0)
+    assert torch.equal(first, crops(0, 0))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], crops(0, 1)[0])
+    assert not torch.equal(first[0], crops(1, 0)[0])
+
+
 @pytest.mark.parametrize("size", [(90, 70), (400, 20), (20, 400), (1, 1)])
 def test_random_crops_lie_within_the_stated_ranges(size, monkeypatch):
     boxes = []
