@@ -39,11 +39,14 @@ def check_images(images: Tensor, *, channels: int, size_multiple: int, dtype: to
             f"images: height and width must be positive multiples of {size_multiple}, "
             f"got {height}x{width}"
         )
-    if images.device.type == "cpu" and not torch.compiler.is_compiling():
-        # The sum is finite unless a value is not, or the sum of huge values overflows: look
-        # at every value only then.
-        if not torch.isfinite(images.sum()) and not torch.isfinite(images).all():
-            raise ValueError("images: contain NaN or infinite values")
+    # Looking at the sum first is cheap: it is finite unless a value is not, or it overflows.
+    if (
+        images.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.isfinite(images.sum())
+        and not torch.isfinite(images).all()
+    ):
+        raise ValueError("images: contain NaN or infinite values")
 
 
 def check_decisions(

@@ -62,7 +62,7 @@ def curriculum(config: Curriculum) -> None:
             advantage = advantages(rewards[1:], rewards[0], config.baseline)
             loss = policy_gradient_loss(exploring, sampled, advantage, forced)
             loss = (loss - config.entropy * entropy_bonus(exploring)) / len(images)
-            run.check_finite(loss, epoch=epoch, reward=float(rewards.mean()))
+            run.check_finite(loss, epoch=epoch, reward=rewards.mean().item())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -65,7 +65,7 @@ def finetune(config: Finetune) -> None:
             run.check_finite(
                 loss,
                 epoch=epoch,
-                cross_entropy=float(classification),
+                cross_entropy=classification.item(),
                 lr=schedulers[0].get_last_lr()[0],
             )
             for optimizer in optimizers:

@@ -1,0 +1,95 @@
+"""Reward, sampling and policy-gradient loss against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from train.reward import (
+    advantages,
+    bounded,
+    entropy_bonus,
+    forced_blocks,
+    policy_gradient_loss,
+    reward,
+    sample,
+)
+
+
+def test_reward_is_equation_3():
+    decisions = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    correct = torch.tensor([True, False, True, True])
+    assert reward(correct, decisions, 5.0).tolist() == [0.75, -5.0, 1.0, 0.0]
+
+
+def test_reward_takes_several_sets():
+    decisions = torch.tensor([[[1, 0]], [[0, 0]]]).bool()
+    correct = torch.tensor([[True], [False]])
+    assert reward(correct, decisions, 1.0).tolist() == [[0.75], [-1.0]]
+
+
+def test_bounded_lies_between_one_minus_alpha_and_alpha():
+    s = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.allclose(bounded(s, 0.8), torch.tensor([0.2, 0.5, 0.8]))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "per_epoch", "expected"),
+    [(1, 1, 14), (14, 1, 1), (15, 1, 0), (99, 1, 0), (3, 0.5, 14)],
+)
+def test_curriculum_frees_the_last_blocks_first(epoch, per_epoch, expected):
+    assert forced_blocks(15, epoch, per_epoch) == expected
+
+
+def test_sample_forces_the_first_blocks_and_follows_the_probabilities():
+    probabilities = torch.tensor([[0.0, 0.0, 0.25, 1.0]]).expand(4000, 4)
+    drawn = sample(probabilities, 3, 1, torch.Generator().manual_seed(0))
+    assert drawn.shape == (3, 4000, 4)
+    rates = drawn.float().mean((0, 1))
+    assert rates[[0, 1, 3]].tolist() == [1, 0, 1]
+    # 12,000 draws: the standard error is 0.004.
+    assert abs(rates[2] - 0.25) < 0.02
+
+
+def test_self_critical_advantage_is_equation_6():
+    sampled, thresholded = torch.tensor([[1.0, -1.0], [0.5, 0.0]]), torch.tensor([0.5, 0.0])
+    assert advantages(sampled, thresholded, "self_critical").tolist() == [[0.5, -1.0], [0.0, 0.0]]
+
+
+def test_leave_one_out_baseline_is_the_mean_of_the_others():
+    sampled, thresholded = torch.tensor([[1.0], [0.0]]), torch.tensor([0.5])
+    assert advantages(sampled, thresholded, "leave_one_out").tolist() == [[0.75], [-0.75]]
+
+
+def test_unknown_baseline_is_an_error():
+    with pytest.raises(ValueError, match="baseline"):
+        advantages(torch.zeros(1, 1), torch.zeros(1), "none")
+
+
+def test_policy_gradient_loss_by_hand():
+    s = torch.tensor([[0.9, 0.6, 0.2]], requires_grad=True)
+    decisions = torch.tensor([[[1, 1, 0]]]).bool()
+    loss = policy_gradient_loss(s, decisions, torch.tensor([[2.0]]), forced=1)
+    assert loss.item() == pytest.approx(-2 * (math.log(0.6) + math.log(0.8)), rel=1e-6)
+    loss.backward()
+    # The forced block learns nothing; the others are pushed towards what was drawn.
+    assert s.grad[0].tolist() == pytest.approx([0, -2 / 0.6, 2 / 0.8], rel=1e-5)
+
+
+def test_policy_gradient_equals_the_exact_gradient_of_the_expected_reward():
+    """Summed over all decisions with their probabilities, the estimate is the true gradient."""
+    s = torch.tensor([[0.3, 0.7]], dtype=torch.float64, requires_grad=True)
+    every = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).bool()
+    values = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64)
+    weights = torch.where(every, s, 1 - s).prod(1)
+    (expected,) = torch.autograd.grad(weights @ values, s)
+    estimate = torch.zeros_like(s)
+    for decisions, value, weight in zip(every, values, weights.detach(), strict=True):
+        loss = policy_gradient_loss(s, decisions[None, None], (value - 0.25).view(1, 1), 0)
+        estimate -= weight * torch.autograd.grad(loss, s)[0]
+    assert torch.allclose(estimate, expected)
+
+
+def test_entropy_bonus_counts_all_blocks():
+    s = torch.tensor([[0.5, 1.0], [0.25, 0.5]])
+    assert entropy_bonus(s).item() == pytest.approx(1.5 * math.log(2))
