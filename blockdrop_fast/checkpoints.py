@@ -172,8 +172,11 @@ def _override(inferred: ResNetConfig, overrides: Mapping[str, Any], where: str) 
 
 def _build_network(config: ResNetConfig, tensors: Tensors, where: str) -> ResNet:
     """A ResNet with exactly these weights, in the file's dtype; strict."""
-    with torch.device("meta"):  # no memory, no random numbers spent on weights to be replaced
-        network = ResNet(config)
+    try:
+        with torch.device("meta"):  # no memory, no random numbers for weights to be replaced
+            network = ResNet(config)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     _load_strictly(network, tensors, where)
     return network
 
@@ -442,7 +445,11 @@ def _own_policy(tensors: Tensors, metadata: Mapping, path: Path) -> PolicyNetwor
         raise CheckpointError(f"{path}: damaged metadata ({error!r})") from None
     part = _own_part(tensors, "policy.network.")
     config = _override(_infer_config(part, False, where), stored, where)
-    return PolicyNetwork(_build_network(config, part, where), input_pool)
+    network = _build_network(config, part, where)
+    try:
+        return PolicyNetwork(network, input_pool)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
 
 
 def load(path: str | os.PathLike) -> BlockDrop:

@@ -74,10 +74,13 @@ class ResNetConfig:
     def size_multiple(self) -> int:
         """Image height and width must be multiples of this.
 
-        The parameter-free shortcuts agree with the strided convolutions on even sizes only.
-        ImageNet networks take any size that leaves a pixel at the end.
+        The average-pooling shortcut agrees with the strided convolutions on even sizes only, and
+        CIFAR networks take no others. ImageNet networks with projections take any size.
         """
-        return 2 ** (len(self.layers) - 1) if self.stem == "cifar" else 1
+        segments = 2 ** (len(self.layers) - 1)
+        if self.stem == "cifar":
+            return segments
+        return 4 * segments if self.shortcut == "average_pool" else 1
 
     def to_dict(self) -> dict:
         """The fields as plain JSON-ready values."""
@@ -196,6 +199,11 @@ class ResNet(nn.Module):
             stride = 1 if segment == 0 else 2
             out_channels = width * expansion
             same_shape = stride == 1 and channels == out_channels
+            if config.shortcut != "projection" and out_channels < channels:
+                raise ValueError(
+                    f"widths: without projections a segment cannot have fewer channels "
+                    f"({out_channels}) than its input ({channels})"
+                )
             self.shortcuts.append(
                 nn.Identity()
                 if same_shape
@@ -263,6 +271,11 @@ class ResNet(nn.Module):
             size_multiple=self.config.size_multiple,
             dtype=self.conv1.weight.dtype,
         )
+        if images.device != self.conv1.weight.device:
+            raise ValueError(
+                f"images: expected on {self.conv1.weight.device} as the network's weights, "
+                f"got on {images.device}"
+            )
         if decisions is not None:
             decisions = check_decisions(
                 decisions,

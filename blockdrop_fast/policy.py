@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blockdrop_fast.decisions import check_images
 from blockdrop_fast.models import ResNet, ResNetConfig
 
 KEEP_THRESHOLD = 0.5
@@ -20,6 +21,8 @@ class PolicyNetwork(nn.Module):
 
     def __init__(self, network: ResNet, input_pool: int = 1):
         super().__init__()
+        if input_pool < 1:
+            raise ValueError(f"input_pool: expected at least 1, got {input_pool}")
         self.network = network
         self.input_pool = input_pool
 
@@ -31,6 +34,15 @@ class PolicyNetwork(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images -> (B, K) logits of keeping each block."""
         if self.input_pool > 1:
+            first = self.network.conv1
+            check_images(
+                images, channels=first.in_channels, size_multiple=1, dtype=first.weight.dtype
+            )
+            if min(images.shape[2:]) < self.input_pool:
+                raise ValueError(
+                    f"images: expected height and width of at least {self.input_pool}, "
+                    f"got {images.shape[2]}x{images.shape[3]}"
+                )
             images = F.avg_pool2d(images, self.input_pool)
         return self.network(images)
 

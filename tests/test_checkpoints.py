@@ -421,6 +421,7 @@ def test_save_of_something_else(tmp_path):
         (lambda m: m["backbone"].update(layers=[10**9, 1, 3]), "contradicts the file's weights"),
         (lambda m: m["backbone"].update(block="bottleneck"), "contradicts the file's weights"),
         (lambda m: m["policy"].pop("input_pool"), "damaged metadata"),
+        (lambda m: m["policy"].update(input_pool=0), "input_pool: expected at least 1, got 0"),
     ],
 )
 def test_damaged_metadata(tmp_path, tiny_model, change, message):
@@ -574,6 +575,7 @@ def put(**tensors):
         (put(conv1__weight=torch.ones(4, 3, 5, 5)), r"3x3 .* or 7x7 .* got shape \(4, 3, 5, 5\)"),
         (put(conv1__weight=torch.ones(4)), r"got shapes conv1.weight \(4,\)"),
         (put(fc__weight=torch.ones(7, 5)), r"fc.weight \(7, 5\) instead of \(7, 16\)"),
+        (put(layer2__0__conv1__weight=torch.ones(2, 4, 3, 3)), r"fewer channels \(2\) than"),
         (put(layer5__0__conv1__weight=torch.ones(4, 4, 3, 3)), "segments.3.0.conv1.weight"),
     ],
 )
