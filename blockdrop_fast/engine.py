@@ -11,16 +11,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blockdrop_fast import plan as planning
+from blockdrop_fast._extension import extension_status
 from blockdrop_fast.blockdrop import BlockDrop, Output
 from blockdrop_fast.decisions import check_decisions, check_images
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
-from blockdrop_fast.folding import fold_network
+from blockdrop_fast.executors.walk import WalkExecutor
+from blockdrop_fast.folding import FoldedNetwork, fold_network
 from blockdrop_fast.models import ResNet
 from blockdrop_fast.policy import decide
 
 Strategy = Literal["auto", "walk", "gather", "dense"]
+EXECUTORS = {"walk": WalkExecutor, "gather": GatherExecutor, "dense": DenseExecutor}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -29,7 +31,9 @@ class Engine:
 
     Attributes:
         model: what the engine was compiled from, and takes over at ``refresh``.
-        strategy: how the backbone is executed: "gather" or "dense".
+        strategy: how the backbone is executed: "walk", "gather" or "dense".
+        strategy_reason: why it is this one.
+        config: the backbone's architecture.
         dtype: of weights, images and logits.
         device: of weights and images.
     """
@@ -38,9 +42,9 @@ class Engine:
         self, model: BlockDrop | ResNet, dtype: torch.dtype, strategy: Strategy, validate: bool
     ):
         self.model = model
-        self._validate = validate
         self.dtype = dtype
-        self.strategy = strategy
+        self._asked = strategy
+        self._validate = validate
         self.refresh()
 
     def refresh(self) -> None:
@@ -48,13 +52,17 @@ class Engine:
         self.config = self.backbone.config
         self.device = self.backbone.fc.weight.device
         network = fold_network(self.backbone, self.dtype)
-        self._executor = (
-            DenseExecutor(network) if self.strategy == "dense" else GatherExecutor(network)
-        )
+        self.strategy, self.strategy_reason = self._asked, "asked for"
+        if self._asked == "auto":
+            self.strategy, self.strategy_reason = _fastest(network)
+        self._executor = EXECUTORS[self.strategy](network)
         self._policy = None
         if isinstance(self.model, BlockDrop):
             self._policy_pool = self.model.policy.input_pool
-            self._policy = DenseExecutor(fold_network(self.model.policy.network, self.dtype))
+            policy = fold_network(self.model.policy.network, self.dtype)
+            # The policy network runs complete: by the walk where that serves it, else densely.
+            self._policy = EXECUTORS["walk" if self.strategy == "walk" else "dense"](policy)
+            self._policy_blocks = policy.config.num_blocks
 
     @property
     def backbone(self) -> ResNet:
@@ -127,9 +135,7 @@ class Engine:
         keep = torch.stack([self._check_decisions(images, one) for one in decisions])
         if images.shape[0] == 0:
             return images.new_zeros(len(keep), 0, self.config.num_classes)
-        if isinstance(self._executor, GatherExecutor):
-            return self._executor.run_sets(images, planning.plan_sets(keep))
-        return torch.stack([self._execute(images, one) for one in keep])
+        return self._executor.run_sets(images, keep)
 
     def _check(self, images: Tensor) -> None:
         check_images(images, channels=3, size_multiple=self.config.size_multiple, dtype=self.dtype)
@@ -157,12 +163,26 @@ class Engine:
     def _probabilities(self, images: Tensor) -> Tensor:
         if self._policy_pool > 1:
             images = torch.nn.functional.avg_pool2d(images, self._policy_pool)
-        return self._policy.run(images).sigmoid()
+        everything = torch.ones(
+            images.shape[0], self._policy_blocks, dtype=torch.bool, device=images.device
+        )
+        return self._policy.run(images, everything).sigmoid()
 
     def _execute(self, images: Tensor, decisions: Tensor) -> Tensor:
         if images.shape[0] == 0:
             return images.new_zeros(0, self.config.num_classes)
-        return self._executor.run(images, planning.plan(decisions))
+        return self._executor.run(images, decisions)
+
+
+def _fastest(network: FoldedNetwork) -> tuple[str, str]:
+    """The fastest strategy that serves a network here, and why."""
+    if not extension_status().loaded:
+        return "gather", f"the walk needs the compiled extension: {extension_status().reason}"
+    try:
+        WalkExecutor(network)
+    except (TypeError, ValueError) as error:
+        return "gather", str(error)
+    return "walk", "the fastest for this network on a CPU"
 
 
 def compile(
@@ -178,14 +198,15 @@ def compile(
         model: BlockDrop, or a bare backbone. It is read in eval mode whatever its mode is, and
             stays as it is; the engine runs on the model's device.
         dtype: float32, float64, float16 or bfloat16, of weights and activations.
-        strategy: "gather" runs each block on its active images; "dense" computes everything and
-            masks; "auto" takes the fastest.
+        strategy: "walk" carries each image along its own path (CIFAR networks, float32, CPU);
+            "gather" runs each block on its active images; "dense" computes everything and masks;
+            "auto" takes the fastest that serves the network, ``strategy_reason`` says why.
         validate: on a GPU, also check the values of images and decisions, which waits for the
             device at every call. On a CPU they always are checked.
 
     Raises:
         TypeError: not a model of this package, or a dtype that is not supported.
-        ValueError: an unknown strategy.
+        ValueError: an unknown strategy, or one that does not support the network.
     """
     if not isinstance(model, (BlockDrop, ResNet)):
         raise TypeError(f"model: expected BlockDrop or ResNet, got {type(model).__name__}")
@@ -195,4 +216,4 @@ def compile(
         raise ValueError(
             f"strategy: expected 'auto', 'walk', 'gather' or 'dense', got {strategy!r}"
         )
-    return Engine(model, dtype, "gather" if strategy == "auto" else strategy, validate)
+    return Engine(model, dtype, strategy, validate)

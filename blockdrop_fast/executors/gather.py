@@ -8,7 +8,7 @@ from torch import Tensor
 from blockdrop_fast.executors import layers
 from blockdrop_fast.folding import FoldedBlock, FoldedNetwork
 from blockdrop_fast.models import take_images
-from blockdrop_fast.plan import Plan, SetsPlan
+from blockdrop_fast.plan import Plan, plan, plan_sets
 
 
 class GatherExecutor:
@@ -21,22 +21,24 @@ class GatherExecutor:
     def __init__(self, network: FoldedNetwork):
         self.network = network
 
-    def run(self, images: Tensor, plan: Plan) -> Tensor:
-        """(B, 3, H, W) images and their plan -> (B, num_classes) logits."""
+    def run(self, images: Tensor, decisions: Tensor) -> Tensor:
+        """(B, 3, H, W) images and their (B, K) bool decisions -> (B, num_classes) logits."""
+        planned = plan(decisions)
         x = layers.stem(self.network, images)
         for k, block in enumerate(self.network.blocks):
-            x = _run_block(block, x, plan, k)
+            x = _run_block(block, x, planned, k)
         return layers.classifier(self.network, x)
 
-    def run_sets(self, images: Tensor, sets_plan: SetsPlan) -> Tensor:
-        """(B, 3, H, W) images and the plan of S decision sets -> (S, B, num_classes) logits."""
+    def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
+        """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits, prefixes shared."""
+        planned = plan_sets(decisions)
         x = layers.stem(self.network, images)
         for k, block in enumerate(self.network.blocks):
-            parents = sets_plan.fork_parents[k]
+            parents = planned.fork_parents[k]
             if parents.numel():
                 x = torch.cat([x, take_images(x, parents)])
-            x = _run_block(block, x, sets_plan.plan, k)
-        return layers.classifier(self.network, x)[sets_plan.rows]
+            x = _run_block(block, x, planned.plan, k)
+        return layers.classifier(self.network, x)[planned.rows]
 
 
 def _run_block(block: FoldedBlock, x: Tensor, plan: Plan, k: int) -> Tensor:

@@ -56,11 +56,15 @@ class WalkExecutor:
 
         Args:
             images: (B, 3, H, W) float32; H and W multiples of 4.
-            decisions: (B, K) bool, or (S, B, K) for S sets, whose shared prefixes run once.
+            decisions: (B, K) bool.
 
         Returns:
-            (B, num_classes) or (S, B, num_classes) logits.
+            (B, num_classes) logits.
         """
+        return walk(images, decisions, *self._network)
+
+    def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
+        """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits, prefixes shared."""
         return walk(images, decisions, *self._network)
 
     def run_policy(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
