@@ -1,4 +1,4 @@
-"""``python -m train STAGE [options]``: pretrain, curriculum, finetune, heuristics."""
+"""``python -m train STAGE [options]``: pretrain, curriculum, finetune, heuristics, demo."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def main() -> None:
             from train.curriculum import curriculum as run
         elif stage == "finetune":
             from train.finetune import finetune as run
+        elif stage == "demo":
+            from train.demo import demo as run
         else:
             from train.heuristics import heuristics as run
         run(config)

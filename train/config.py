@@ -134,11 +134,26 @@ class Heuristics(Common):
     """K, the kept blocks; default: the rounded block usage of the model's own policy."""
 
 
+@dataclass(frozen=True)
+class Demo(Common):
+    """All three stages, small, on the embedded digits, and the measured latency."""
+
+    out: Path = Path("demo_output")
+    pretrain_epochs: int = 12
+    curriculum_epochs: int = 30
+    finetune_epochs: int = 15
+    penalty: float = 2.0
+    """gamma of the finetuning."""
+    batches: tuple[int, ...] = (1, 64)
+    """Batch sizes to time."""
+
+
 STAGES = {
     "pretrain": Pretrain,
     "curriculum": Curriculum,
     "finetune": Finetune,
     "heuristics": Heuristics,
+    "demo": Demo,
 }
 
 # What two CPU cores can finish for ResNet-32 in an evening; the field defaults are the paper's.
@@ -158,6 +173,7 @@ QUICK = {
         bn="active",
     ),
     "heuristics": Heuristics(),
+    "demo": Demo(),
 }
 
 PRESETS = {"paper": {stage: config() for stage, config in STAGES.items()}, "quick": QUICK}

@@ -1,0 +1,221 @@
+"""``python -m train demo``: a small BlockDrop end to end on handwritten digits, and its clock."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+import blockdrop_fast as bdf
+from blockdrop_fast import benchmark, timing
+from blockdrop_fast import data as bdf_data
+from blockdrop_fast.evaluation import Evaluation
+from blockdrop_fast.files import atomic_write
+from train.config import Curriculum, Demo, Finetune, Pretrain
+from train.curriculum import curriculum
+from train.finetune import finetune
+from train.loop import MODEL_FILE, STATE_FILE, evaluate_test, prepare
+from train.pretrain import pretrain
+
+FULL, AUTHORS, OURS = "full ResNet-32", "BlockDrop, masked", "BlockDrop, skipped"
+# Row of the table -> contender of blockdrop_fast.benchmark, and what the row says of it.
+CONTENDERS = {
+    FULL: ("eager", "PyTorch, batch norm folded, channels-last"),
+    AUTHORS: ("authors", "the authors' way: compute, multiply by zero"),
+    OURS: ("auto", "this package: dropped blocks are not run"),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the demo's table: an execution, its quality and its cost at each batch size."""
+
+    name: str
+    what: str
+    accuracy: float
+    blocks: float
+    flops: float
+    milliseconds: dict[int, float]
+    speedup: dict[int, float]
+
+
+def demo(config: Demo) -> None:
+    """Pretrain, curriculum, finetune; then accuracy, blocks, FLOPs and measured latency.
+
+    Stages that are complete in ``config.out`` are not run again; one that was interrupted
+    continues where it was.
+    """
+    started = time.monotonic()
+    _, dataset = prepare(config)
+    stages = _stages(config)
+    for name, (run, stage) in stages.items():
+        if _complete(stage):
+            print(f"{name}: complete in {stage.out}")
+            continue
+        print(f"{name}: {stage.epochs} epochs, {stage.out}")
+        run(replace(stage, resume=(stage.out / STATE_FILE).exists()))
+    trained = time.monotonic() - started
+    full = bdf.compile(bdf.load_backbone(stages["pretrain"][1].out / MODEL_FILE))
+    checkpoint = stages["finetune"][1].out / MODEL_FILE
+    model = bdf.compile(bdf.load(checkpoint))
+    evaluations = {
+        FULL: evaluate_test(full, dataset, config.workers),
+        OURS: evaluate_test(model, dataset, config.workers),
+    }
+    evaluations[AUTHORS] = evaluations[OURS]
+    lines, machine = _measure(config, checkpoint, evaluations)
+    print("\n" + format_lines(lines, dataset.name))
+    figure = config.out / "demo.png"
+    draw(lines, evaluations[OURS], dataset.name, figure)
+    with atomic_write(config.out / "demo.json") as path:
+        path.write_text(
+            json.dumps({"machine": machine, "lines": [asdict(line) for line in lines]}, indent=1)
+        )
+    print(
+        f"\ntrained in {trained:.0f} s, all in {time.monotonic() - started:.0f} s on "
+        f"{machine['cpu']}, {machine['threads']} threads; figure: {figure}"
+    )
+
+
+def _stages(config: Demo) -> dict:
+    """Name -> (function, its configuration) of the three stages, in order."""
+    common = {
+        "data": config.data,
+        "seed": config.seed,
+        "device": config.device,
+        "threads": config.threads,
+        "batch_size": 64,
+        "evaluate_every": 1000,
+        "checkpoint_every": 5,
+    }
+    out = config.out
+    first = Pretrain(out=out / "pretrain", epochs=config.pretrain_epochs, lr=0.1, **common)
+    second = Curriculum(
+        out=out / "curriculum",
+        backbone=out / "pretrain" / MODEL_FILE,
+        epochs=config.curriculum_epochs,
+        lr=1e-3,
+        samples=3,
+        baseline="leave_one_out",
+        **common,
+    )
+    third = Finetune(
+        out=out / "finetune",
+        model=out / "curriculum" / MODEL_FILE,
+        epochs=config.finetune_epochs,
+        lr=1e-3,
+        schedule="one_cycle",
+        alpha=0.95,
+        samples=3,
+        baseline="leave_one_out",
+        penalty=config.penalty,
+        bn="active",
+        **common,
+    )
+    return {
+        "pretrain": (pretrain, first),
+        "curriculum": (curriculum, second),
+        "finetune": (finetune, third),
+    }
+
+
+def _complete(stage: Pretrain | Curriculum | Finetune) -> bool:
+    path = stage.out / STATE_FILE
+    return path.exists() and torch.load(path, weights_only=True)["epoch"] >= stage.epochs
+
+
+def _measure(
+    config: Demo, checkpoint: Path, evaluations: dict[str, Evaluation]
+) -> tuple[list[Line], dict]:
+    """Time the contenders, right logits first, on test images at the policy's decisions."""
+    workload = benchmark.load_workload(checkpoint, max(config.batches), config.data)
+    seconds: dict[str, dict[int, float]] = {name: {} for name in CONTENDERS}
+    for batch in config.batches:
+        measured = benchmark.measure(
+            workload,
+            batch,
+            [contender for contender, _ in CONTENDERS.values()],
+            rounds=7,
+            min_seconds=2.0,
+        )
+        rows = {row.contender: row for row in measured.rows}
+        for name, (contender, _) in CONTENDERS.items():
+            seconds[name][batch] = rows[contender].seconds
+    lines = [
+        Line(
+            name=name,
+            what=what,
+            accuracy=evaluations[name].accuracy,
+            blocks=evaluations[name].block_usage,
+            flops=evaluations[name].flops,
+            milliseconds={batch: 1e3 * value for batch, value in seconds[name].items()},
+            speedup={batch: seconds[FULL][batch] / value for batch, value in seconds[name].items()},
+        )
+        for name, (_, what) in CONTENDERS.items()
+    ]
+    return lines, timing.machine_info()
+
+
+def format_lines(lines: list[Line], dataset: str) -> str:
+    """The table, to print."""
+    batches = list(lines[0].milliseconds)
+    head = f"{dataset + ', test split':<20} {'accuracy':>9} {'blocks':>7} {'FLOPs':>9}"
+    head += "".join(f" {f'ms, batch {batch}':>14} {'speed-up':>8}" for batch in batches)
+    rows = [head, "-" * len(head)]
+    for line in lines:
+        row = f"{line.name:<20} {100 * line.accuracy:>7.2f} % {line.blocks:>7.2f}"
+        row += f" {line.flops:>9.3g}"
+        for batch in batches:
+            row += f" {line.milliseconds[batch]:>14.2f} {line.speedup[batch]:>7.2f}x"
+        rows.append(row)
+    rows.append("")
+    rows += [f"{line.name}: {line.what}" for line in lines]
+    rows.append("BlockDrop times include the policy network; medians of interleaved calls.")
+    return "\n".join(rows)
+
+
+def draw(lines: list[Line], evaluation: Evaluation, dataset: str, path: Path) -> None:
+    """The figure: milliseconds of each execution, and which blocks the images keep."""
+    batches = list(lines[0].milliseconds)
+    figure, axes = plt.subplots(1, len(batches) + 1, figsize=(4 * len(batches) + 5, 4.2))
+    colours = ["#7a7f87", "#c9a227", "#2a7f62"]
+    for axis, batch in zip(axes, batches, strict=False):
+        values = [line.milliseconds[batch] for line in lines]
+        axis.bar(range(len(lines)), values, color=colours, width=0.65)
+        for index, line in enumerate(lines):
+            axis.text(index, values[index], f"{line.speedup[batch]:.2f}x", ha="center", va="bottom")
+        axis.set_xticks(range(len(lines)), [line.name.replace(", ", ",\n") for line in lines])
+        axis.set_ylabel("milliseconds a batch")
+        axis.set_title(f"batch {batch}")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.15)
+    axis = axes[-1]
+    ends, start = [], 0
+    for number, blocks in enumerate(evaluation.segment_blocks):
+        index = range(start, start + blocks)
+        rates = [evaluation.keep_rates[k] for k in index]
+        axis.bar([k + 1 for k in index], rates, label=f"segment {number + 1}", width=0.8)
+        start += blocks
+        ends.append(start)
+    axis.set_xlabel("residual block")
+    axis.set_ylabel("share of images that keep it")
+    axis.set_ylim(0, 1.18)
+    axis.legend(ncols=len(ends), loc="upper center", frameon=False, fontsize="small")
+    axis.set_title(f"{evaluation.block_usage:.1f} of {evaluation.num_blocks} blocks an image")
+    axis.spines[["top", "right"]].set_visible(False)
+    ours, full = lines[-1], lines[0]
+    figure.suptitle(
+        f"{dataset}: accuracy {100 * ours.accuracy:.1f} % with dropped blocks, "
+        f"{100 * full.accuracy:.1f} % with all"
+    )
+    figure.tight_layout()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)
