@@ -26,6 +26,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,6 +234,13 @@ def make_commands(choice: BuildChoice) -> dict[str, type]:
 
     class BuildVariants(BuildExtension):
         """setuptools knows flags of an extension, not of a file: compile variants first."""
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Also for editable installs, whose default is a fresh temporary folder: ninja
+            # compiles again only what changed.
+            tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / f"temp.{tag}")
 
         def run(self) -> None:
             try:

@@ -1,4 +1,4 @@
-"""What is installed, what was built, what is active, and why the rest is not: ``blockdrop info``."""
+"""``blockdrop info``: what is installed, built and active, and why the rest is not."""
 
 from __future__ import annotations
 

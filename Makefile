@@ -1,0 +1,68 @@
+# Everything here runs in an environment of its own, .venv, which the first target that needs it
+# makes. It takes Python 3.10 or newer, make, a C++ compiler and a package index.
+#
+#   make demo                   train a small BlockDrop end to end and time it
+#   make test                   the tests
+#   make test PYTHON=python3.12 TORCH=2.11.0    with another Python or torch (after make clean)
+
+PYTHON ?= python3
+# The torch version to install; empty: the one in constraints.txt.
+TORCH ?=
+PYTEST_FLAGS ?=
+BENCH_FLAGS ?= --quick
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := $(VENV)/constraints.txt
+SOURCES := $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test bench lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
+
+# Stamps make repeated calls quick. When a C++ source changes, pip builds again, but ninja
+# compiles only what that change reaches.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(CONSTRAINTS): constraints.txt $(BIN)/python
+	sed -E '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/)' $< > $@
+
+$(VENV)/torch.stamp: $(CONSTRAINTS)
+	$(PIP) install -q -c $< torch
+	$(PIP) install -q -c $< setuptools wheel ninja pybind11
+	touch $@
+
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(SOURCES)
+	$(PIP) install -q --no-build-isolation -c $(CONSTRAINTS) -e '.[train,test]'
+	touch $@
+
+install: $(VENV)/package.stamp ## make .venv and build the package into it
+
+demo: install ## train a small BlockDrop on handwritten digits, show accuracy and latency
+	$(BIN)/python -m train demo
+
+test: install ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+bench: install ## run the quick benchmarks (BENCH_FLAGS= for all)
+	$(BIN)/python -m pytest benchmarks $(BENCH_FLAGS) $(PYTEST_FLAGS)
+
+lint: install ## check style and format
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: install ## put all sources into format
+	$(BIN)/ruff check -q --fix .
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build dist *.egg-info blockdrop_fast/_C.*.so blockdrop_fast/_build_record.json
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,187 @@
+"""setup.py: what it builds, what it refuses, and that a build without kernels works."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+# What setup.py is run on; the build writes next to it, so tests work on a copy.
+BUILD_INPUTS = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE")
+
+
+@pytest.fixture
+def source_tree(tmp_path) -> Path:
+    tree = tmp_path / "source"
+    tree.mkdir()
+    for name in BUILD_INPUTS:
+        shutil.copy(ROOT / name, tree / name)
+    (tree / "README.md").write_text("The text does not matter here.\n")
+    built = shutil.ignore_patterns("*.so", "__pycache__", "_build_record.json")
+    for folder in ("blockdrop_fast", "csrc"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=built)
+    return tree
+
+
+def run(tree: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {key: value for key, value in os.environ.items() if key != "BLOCKDROP_BUILD"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=tree,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# Runs setup.py as an isolated build would: torch is absent.
+WITHOUT_TORCH = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+RUN_SETUP = "runpy.run_path('setup.py', run_name='__main__')"
+
+
+def test_install_without_kernels_runs_on_references(source_tree, tmp_path):
+    target = tmp_path / "installed"
+    result = run(
+        source_tree,
+        *("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"),
+        *("--target", str(target), "."),
+        BLOCKDROP_BUILD="none",
+    )
+    assert result.returncode == 0, result.stderr
+    assert not list(target.rglob("*.so"))
+    code = (
+        # An editable install of this environment would offer its own _C for the missing one.
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "import torch, blockdrop_fast\n"
+        "from blockdrop_fast import ops, buildinfo\n"
+        "print(blockdrop_fast.__file__)\n"
+        "print(ops.plan(torch.ones(3, 2, dtype=torch.bool))[1].tolist())\n"
+        "print(buildinfo.info()['parts']['CPU kernels']['why_not'])\n"
+    )
+    result = run(tmp_path, "-c", code, PYTHONPATH=str(target))
+    assert result.returncode == 0, result.stderr
+    path, counts, why_not = result.stdout.splitlines()
+    assert path.startswith(str(target))
+    assert counts == "[3, 3]"
+    assert "BLOCKDROP_BUILD=none" in why_not
+
+
+def test_no_torch_names_the_remedy(source_tree):
+    result = run(source_tree, "-c", WITHOUT_TORCH + RUN_SETUP, "setup.py", "--version")
+    assert result.returncode != 0
+    assert "--no-build-isolation" in result.stderr
+    assert "BLOCKDROP_BUILD=none" in result.stderr
+
+
+def test_no_torch_is_fine_without_kernels(source_tree):
+    result = run(
+        source_tree,
+        *("-c", WITHOUT_TORCH + RUN_SETUP, "setup.py", "--version"),
+        BLOCKDROP_BUILD="none",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_unknown_request_is_refused(source_tree):
+    result = run(source_tree, "setup.py", "--version", BLOCKDROP_BUILD="gpu")
+    assert result.returncode != 0
+    assert "BLOCKDROP_BUILD: expected cpu, cuda, none or unset, got 'gpu'" in result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build here")
+def test_asking_for_cuda_in_vain_is_an_error(source_tree):
+    result = run(source_tree, "setup.py", "--version", BLOCKDROP_BUILD="cuda")
+    assert result.returncode != 0
+    assert "is a build without CUDA" in result.stderr
+
+
+def test_no_compiler_installs_with_a_warning(source_tree):
+    result = run(source_tree, "setup.py", "build", CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    assert "no C++ compiler was found (no-such-compiler)" in result.stderr
+    (record,) = source_tree.glob("build/lib*/blockdrop_fast/_build_record.json")
+    assert "no-such-compiler" in json.loads(record.read_text())["why_no_extension"]
+
+
+def test_no_compiler_is_an_error_where_kernels_were_asked_for(source_tree):
+    result = run(source_tree, "setup.py", "build", BLOCKDROP_BUILD="cpu", CXX="no-such-compiler")
+    assert result.returncode != 0
+    assert "BLOCKDROP_BUILD=cpu, but no C++ compiler was found" in result.stderr
+
+
+def test_code_that_does_not_compile_stops_the_build(source_tree):
+    for source in source_tree.glob("csrc/**/*.cpp"):
+        source.unlink()
+    (source_tree / "csrc" / "broken.cpp").write_text("this is not C++\n")
+    result = run(source_tree, "setup.py", "build", BLOCKDROP_BUILD="cpu")
+    assert result.returncode != 0
+    assert "BLOCKDROP_BUILD=none" in result.stderr
+
+
+def test_source_archive_has_the_kernels(source_tree):
+    result = run(source_tree, "setup.py", "-q", "sdist", BLOCKDROP_BUILD="none")
+    assert result.returncode == 0, result.stderr
+    (archive,) = source_tree.glob("dist/*.tar.gz")
+    names = subprocess.run(["tar", "tzf", archive], capture_output=True, text=True).stdout
+    for name in ("csrc/build_info.cpp", "csrc/cpu/plan.cpp", "csrc/cuda/plan.cu", "csrc/plan.h"):
+        assert name in names
+    assert ".so" not in names
+
+
+VARIANT = """
+#include <cstdint>
+namespace blockdrop_fast {
+int %s_vector_bytes() {
+#if defined(__AVX512F__)
+  return 64;
+#elif defined(__AVX2__)
+  return 32;
+#else
+  return 16;
+#endif
+}
+}  // namespace blockdrop_fast
+"""
+# Uses Python's C interface alone, so that this compiles in a second.
+MODULE = """
+#include <Python.h>
+namespace blockdrop_fast { int avx2_vector_bytes(); int avx512_vector_bytes();
+int portable_vector_bytes(); }
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr,
+                                 nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddIntConstant(module, "avx2", blockdrop_fast::avx2_vector_bytes());
+  PyModule_AddIntConstant(module, "avx512", blockdrop_fast::avx512_vector_bytes());
+  PyModule_AddIntConstant(module, "portable", blockdrop_fast::portable_vector_bytes());
+  return module;
+}
+"""
+
+
+@pytest.mark.skipif(
+    os.uname().machine != "x86_64" or shutil.which("c++") is None, reason="needs x86-64 and c++"
+)
+def test_variants_are_compiled_for_their_instruction_set(source_tree):
+    shutil.rmtree(source_tree / "csrc")
+    (source_tree / "csrc" / "cpu").mkdir(parents=True)
+    for isa in ("portable", "avx2", "avx512"):
+        (source_tree / "csrc" / "cpu" / f"probe_{isa}.cpp").write_text(VARIANT % isa)
+    (source_tree / "csrc" / "module.cpp").write_text(MODULE)
+    result = run(source_tree, "setup.py", "-q", "build_ext", "--inplace", BLOCKDROP_BUILD="cpu")
+    assert result.returncode == 0, result.stderr
+    code = (
+        "import torch, importlib.util, glob\n"
+        "spec = importlib.util.spec_from_file_location('_C', glob.glob('blockdrop_fast/_C.*')[0])\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "print(module.portable, module.avx2, module.avx512)\n"
+    )
+    result = run(source_tree, "-c", code)
+    assert result.stdout.split() == ["16", "32", "64"], result.stderr
