@@ -15,6 +15,7 @@ import blockdrop_fast
 # subcommand: its signature gives the options, its docstring their help.
 COMMANDS = {
     "info": ("blockdrop_fast.buildinfo", "what is installed, built and active, and why not"),
+    "benchmark": ("blockdrop_fast.benchmark", "milliseconds against the complete ResNet"),
 }
 TRACEBACK_VARIABLE = "BLOCKDROP_TRACEBACK"
 

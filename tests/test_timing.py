@@ -1,0 +1,264 @@
+"""Timing contenders, the baselines, the published decisions and ``blockdrop benchmark``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import blockdrop_fast as bdf
+from blockdrop_fast import baselines, benchmark, timing
+from blockdrop_fast.folding import fold_network
+from blockdrop_fast.published import PUBLISHED, fits, published_decisions
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx")}
+
+
+@pytest.fixture
+def workload() -> benchmark.Workload:
+    """ResNet-8 on 64 tiny images, each block dropped by about half of them."""
+    torch.manual_seed(0)
+    backbone = bdf.resnet_cifar(8)
+    benchmark._settle(backbone)
+    model = bdf.BlockDrop(backbone, bdf.policy_resnet8(3)).eval().requires_grad_(False)
+    return benchmark.Workload(
+        "resnet8", model, torch.randn(64, 3, 8, 8), torch.rand(64, 3) < 0.5
+    )
+
+
+def test_interleave_is_round_robin_with_one_sample_a_round():
+    order = []
+    calls = {name: lambda index, name=name: order.append((name, index)) for name in "abc"}
+    samples = timing.interleave(calls, rounds=3, warmup=0)
+    # Quick calls get an untimed call of their own before each timed one.
+    assert order == [(name, index) for index in range(3) for name in "abc" for _ in range(2)]
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 3)
+
+
+def test_interleave_warms_up_and_goes_on_for_the_minimal_time():
+    seen = []
+    samples = timing.interleave({"a": seen.append}, rounds=1, min_seconds=0.02, warmup=2)
+    assert seen[:2] == [0, 1]
+    assert len(samples["a"]) > 1
+    assert sum(samples["a"]) <= 0.03 + samples["a"][-1]
+
+
+def test_interleave_measures_seconds():
+    import time
+
+    samples = timing.interleave({"a": lambda _: time.sleep(0.02)}, rounds=2, warmup=0)
+    assert all(0.02 <= value < 2 for value in samples["a"])
+
+
+def test_interleave_needs_a_round():
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        timing.interleave({}, rounds=0)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "blockdrop"])
+@pytest.mark.parametrize("fault", ["other decisions", "nan", "shape"])
+def test_a_wrong_contender_is_not_timed(workload, kind, fault):
+    timed = []
+
+    def wrong(images, keep):
+        timed.append(len(images))
+        other = ~keep if kind == "blockdrop" else keep
+        logits = workload.model.backbone(images, other)
+        if fault == "nan":
+            logits[0, 0] = float("nan")
+        return logits[:, :-1] if fault == "shape" else logits
+
+    batches = timing.chunks(32, workload.images, workload.decisions)
+    with pytest.raises(timing.WrongLogitsError, match=r"^wrong: "):
+        timing.time_contenders(
+            [timing.Contender("wrong", wrong, kind)],
+            batches,
+            workload.all_kept,
+            workload.at_decisions,
+        )
+    assert timed == [32, 32]
+
+
+def test_contender_names_are_unique(workload):
+    right = timing.Contender("one", lambda images, _: workload.model.backbone(images), "baseline")
+    batches = timing.chunks(64, workload.images, workload.decisions)
+    with pytest.raises(ValueError, match="two are called 'one'"):
+        timing.time_contenders(
+            [right, right], batches, workload.all_kept, workload.at_decisions, rounds=1
+        )
+
+
+def test_chunks_are_whole_batches():
+    values = torch.arange(6)
+    assert [part.tolist() for (part,) in timing.chunks(2, values)] == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(ValueError, match="divisor of the 6 images, got 4"):
+        timing.chunks(4, values)
+
+
+def test_tolerance_follows_the_rule(workload):
+    reference = workload.at_decisions
+    backbone, images, keep = workload.model.backbone, workload.images, workload.decisions
+    eager = backbone(images, keep)
+    exact = backbone.double()(images.double(), keep)
+    error = float((eager.double() - exact).abs().max())
+    eps = torch.finfo(torch.float32).eps
+    assert torch.allclose(reference.logits, exact, rtol=1e-12, atol=1e-12)
+    assert reference.tolerance == pytest.approx(
+        2 * error + 4 * eps * float(exact.abs().max()), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in benchmark.CONTENDERS if name != "compile"])
+def test_every_contender_gives_right_logits(workload, name):
+    for package in PACKAGES.get(name, ()):
+        pytest.importorskip(package)
+    kind, build = benchmark.CONTENDERS[name]
+    for batch in (1, 64):
+        batches = timing.chunks(batch, workload.images, workload.decisions)
+        contender = timing.Contender(name, build(workload, batches[0][0]), kind)
+        timing.check_contender(
+            contender, batches, workload.all_kept, workload.at_decisions
+        )
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        bdf.resnet_cifar(8, shortcut="subsample"),
+        bdf.ResNet(
+            bdf.ResNetConfig("bottleneck", (1, 1), (4, 8), "imagenet", "projection", 7)
+        ),
+    ],
+    ids=["subsample", "imagenet"],
+)
+@pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
+def test_baselines_run_other_architectures(backbone, name):
+    for package in PACKAGES.get(name, ()):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    benchmark._settle(backbone.eval())
+    images = torch.randn(64, 3, 32, 32)
+    folded = fold_network(backbone, torch.float32)
+    if name == "eager":
+        call = baselines.torch_eager(folded)
+    else:
+        call = getattr(baselines, name)(folded, images)
+    with torch.inference_mode():
+        logits = call(images, None)
+    timing.make_reference(backbone, images, None, torch.float32).check(name, logits)
+
+
+def test_cpu_baselines_say_why_they_cannot_run(workload):
+    with pytest.raises(baselines.UnavailableError, match=r"float32 only, not on cpu in .*float64"):
+        baselines.openvino(workload.folded, workload.images.double())
+    with pytest.raises(baselines.UnavailableError, match="no_such_package is not installed"):
+        baselines._optional("no_such_package")
+
+
+def test_measure_reads_its_samples(workload, monkeypatch):
+    def unavailable(*_):
+        raise baselines.UnavailableError("not here")
+
+    monkeypatch.setitem(benchmark.CONTENDERS, "openvino", ("baseline", unavailable))
+    names = ["eager", "openvino", "gather", "gather-all"]
+    measured = benchmark.measure(workload, 16, names, rounds=3)
+    assert measured.unavailable == {"openvino": "not here"}
+    rows = {row.contender: row for row in measured.rows}
+    assert list(rows) == ["eager", "gather", "gather-all"]
+    for row in rows.values():
+        assert len(row.samples) == 3
+        assert row.seconds == sorted(row.samples)[1]
+        assert row.images_per_second == pytest.approx(16 / row.seconds)
+        assert row.speedup == pytest.approx(rows["eager"].seconds / row.seconds)
+        assert row.share_of_bound == pytest.approx(row.speedup / row.flop_bound)
+    complete = float(bdf.flops(workload.model.backbone, image_size=8))
+    means = bdf.flops(workload.model, workload.decisions, image_size=8).view(4, 16).mean(1)
+    assert rows["eager"].flops == complete
+    # Three rounds ran the first three batches, policy network included.
+    assert rows["gather"].flops == pytest.approx(float(means[:3].median()))
+    assert rows["gather"].flop_bound == pytest.approx(complete / rows["gather"].flops)
+    own = rows["gather-all"].seconds / rows["gather"].seconds / rows["gather"].flop_bound
+    assert rows["gather"].share_of_own_bound == pytest.approx(own)
+    assert rows["eager"].share_of_own_bound is None
+    table = benchmark.format_rows(measured.rows)
+    assert all(name in table for name in rows)
+
+
+def test_measure_needs_a_baseline_and_known_names(workload):
+    with pytest.raises(ValueError, match="at least one complete baseline"):
+        benchmark.measure(workload, 64, ["gather"], rounds=1)
+    with pytest.raises(ValueError, match=r"contenders: expected names out of .*got 'nothing'"):
+        benchmark.measure(workload, 64, ["nothing"], rounds=1)
+
+
+def test_quick_form_leaves_the_slow_cases_out():
+    assert "compile" in benchmark.contender_names(quick=False)
+    assert "compile" not in benchmark.contender_names(quick=True)
+    small, large = benchmark.plan_runs(["resnet110", "resnet101"], (1, 8, 64), quick=True)
+    assert small.batches == (1, 8, 64)
+    assert large.batches == (1, 8)
+    for run in (small, large, *benchmark.plan_runs(["resnet32"], (3, 100), quick=False)):
+        assert all(run.images % batch == 0 for batch in run.batches)
+
+
+@pytest.mark.parametrize("network", PUBLISHED)
+def test_committed_decisions_have_the_published_usage(network):
+    usage, decisions = PUBLISHED[network], published_decisions(network)
+    packed = np.load(ROOT / "benchmarks" / "decisions" / f"{network}.npy")
+    committed = np.unpackbits(packed, axis=1, count=usage.num_blocks)
+    assert (torch.from_numpy(committed).bool() == decisions).all()
+    assert decisions.shape == (1024, usage.num_blocks)
+    assert fits(usage, decisions)
+
+
+def test_published_numbers_of_policies_and_flops():
+    different = {name: len(published_decisions(name).unique(dim=0)) for name in PUBLISHED}
+    assert different["resnet101"] == 10
+    assert 300 <= different["resnet110"] <= 469
+    # Table 3 with the policy network: 1.81e8; at equal usage the blocks kept matter by a few
+    # per cent, as a segment's first block is cheaper.
+    model = bdf.BlockDrop(bdf.resnet110(), bdf.policy_resnet8(54))
+    mean = float(bdf.flops(model, published_decisions("resnet110")).mean())
+    assert mean == pytest.approx(1.81e8, rel=0.05)
+
+
+def test_published_decisions_of_an_unknown_network():
+    with pytest.raises(ValueError, match=r"network: expected one of resnet32.*got 'resnet7'"):
+        published_decisions("resnet7")
+
+
+def test_machine_info_names_the_machine():
+    info = timing.machine_info()
+    assert info["cpu"]
+    assert info["torch"] == torch.__version__
+    assert info["threads"] == torch.get_num_threads()
+    json.dumps(info)
+
+
+def test_command_on_a_checkpoint(workload, tmp_path, capsys):
+    torch.manual_seed(0)
+    path = tmp_path / "small.safetensors"
+    bdf.save(workload.model, path)
+    out = tmp_path / "out.json"
+    benchmark.command(
+        str(path), batch=(32,), quick=True, contenders=("eager", "gather"), json=out
+    )
+    printed = capsys.readouterr().out
+    assert "small" in printed
+    assert "gather" in printed
+    written = json.loads(out.read_text())
+    assert [row["contender"] for row in written["rows"]] == ["eager", "gather"]
+    assert written["machine"]["torch"] == torch.__version__
+
+
+def test_command_refuses_a_bare_backbone(workload, tmp_path):
+    path = tmp_path / "backbone.safetensors"
+    bdf.save(workload.model.backbone, path)
+    with pytest.raises(ValueError, match="holds a bare backbone; expected a BlockDrop model"):
+        benchmark.command(str(path), batch=(1,))
+    with pytest.raises(ValueError, match="batch: expected positive"):
+        benchmark.command("resnet32", batch=(0,))
