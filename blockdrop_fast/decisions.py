@@ -22,7 +22,7 @@ def check_images(images: Tensor, *, channels: int, size_multiple: int, dtype: to
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a torch.Tensor, got {type(images).__name__}")
-    if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+    if images.dtype != dtype and not _autocasts(images.device.type):
         raise TypeError(
             f"images: expected dtype {dtype} as the network's weights, got {images.dtype}"
         )
@@ -95,3 +95,7 @@ def check_decisions(
         if wrong.numel():
             raise ValueError(f"decisions: expected only 0 and 1, got {wrong[0].item()}")
     return keep
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

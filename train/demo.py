@@ -15,7 +15,6 @@ import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast import benchmark, timing
-from blockdrop_fast import data as bdf_data
 from blockdrop_fast.evaluation import Evaluation
 from blockdrop_fast.files import atomic_write
 from train.config import Curriculum, Demo, Finetune, Pretrain
