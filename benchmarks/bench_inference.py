@@ -32,7 +32,7 @@ def committed_decisions(network: str) -> torch.Tensor:
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("network", NETWORKS)
-def bench_inference(network, batch, contender, quick, once, report, benchmark):
+def test_inference(network, batch, contender, quick, once, report, benchmark):
     benchmark.group = f"{network} batch {batch}"
     names = contender_names(quick)
     run = plan_runs([network], BATCHES, quick)[0]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from blockdrop_fast import baselines, data, timing
+from blockdrop_fast._extension import extension_status
 from blockdrop_fast.baselines import Call, UnavailableError
 from blockdrop_fast.blockdrop import BlockDrop
 from blockdrop_fast.checkpoints import load
@@ -72,11 +73,21 @@ class Workload:
         )
 
     def engine(self, strategy: str) -> Engine:
-        """The compiled model, once a strategy."""
+        """The compiled model, once a strategy.
+
+        Raises:
+            UnavailableError: the strategy does not serve this network or this installation.
+        """
+        extension = extension_status()
+        if strategy == "walk" and not extension.loaded:
+            raise UnavailableError(f"the walk needs the compiled extension: {extension.reason}")
         if strategy not in self._engines:
-            self._engines[strategy] = compile(
-                self.model, dtype=self.images.dtype, strategy=strategy
-            )
+            try:
+                self._engines[strategy] = compile(
+                    self.model, dtype=self.images.dtype, strategy=strategy
+                )
+            except (TypeError, ValueError) as error:
+                raise UnavailableError(str(error)) from None
         return self._engines[strategy]
 
 
@@ -113,11 +124,13 @@ CONTENDERS: dict[str, tuple[str, Callable[[Workload, Tensor], Call]]] = {
     "authors": ("blockdrop", lambda workload, _: baselines.authors_way(workload.model)),
     "dense": ("blockdrop", partial(_at_decisions, strategy="dense")),
     "gather": ("blockdrop", partial(_at_decisions, strategy="gather")),
+    "walk": ("blockdrop", partial(_at_decisions, strategy="walk")),
     "gather-all": ("all_kept", partial(_all_kept, strategy="gather")),
+    "walk-all": ("all_kept", partial(_all_kept, strategy="walk")),
 }
 SLOW_TO_BUILD = {"compile"}
 # The same engine with all blocks kept, for the share of its own bound.
-OWN_COMPLETE = {"gather": "gather-all"}
+OWN_COMPLETE = {"gather": "gather-all", "walk": "walk-all"}
 
 
 @dataclass(frozen=True)
@@ -213,16 +226,11 @@ def load_workload(checkpoint: Path, images: int, data_folder: Path | None) -> Wo
     """A trained BlockDrop at its own decisions on the first test images of its data set.
 
     Raises:
-        ValueError: a bare backbone, or a data set of fewer images.
-        CheckpointError, OSError: see ``load`` and ``data.load_dataset``.
+        ValueError: a data set of fewer images.
+        CheckpointError, OSError: see ``load`` (a bare backbone, for one) and
+            ``data.load_dataset``.
     """
-    model = load(checkpoint)
-    if not isinstance(model, BlockDrop):
-        raise ValueError(
-            f"model: {checkpoint} holds a bare backbone; expected a BlockDrop model, or one of "
-            f"{', '.join(NETWORKS)}"
-        )
-    model = model.eval().requires_grad_(False)
+    model = load(checkpoint).eval().requires_grad_(False)
     normalization = model.backbone.normalization or data.NO_NORMALIZATION
     test = data.load_dataset(data_folder).test
     if len(test) < images:
