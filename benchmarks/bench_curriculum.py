@@ -5,6 +5,7 @@ decisions are computed, without gradient. The authors make two full masked passe
 network; `train curriculum` makes one engine call, which folds batch norm, skips dropped blocks
 and computes what the two decision sets share once. Everything else (policy forward, sampling,
 rewards, backward, Adam) is the same code for both, that of ``train.reward``, and is timed too.
+Both get channels-last images, which the masked passes like better as well.
 
 An epoch is so many equal steps, so a step is timed and the epoch of 50,000 images is scaled
 from it (``extra_info``).
