@@ -5,7 +5,8 @@ Kernels: ``csrc/cpu/walk.cpp`` and beside it ``walk_kernels.h``.
 Packed weights are one float32 vector, so that a kernel finds everything by counting:
 
 * the stem, then both convolutions of each block: the bias (C_out), then the weights
-  (C_out / b, 3, 3, C_in, b) with b = min(C_out, 32) output channels side by side;
+  (C_out / b, 3, 3, C_in, b) with b = min(C_out, 32) output channels side by side, then, if C_in
+  equals C_out, the same weights in Winograd's form (C_out / b, 4, 4, C_in, b);
 * the classifier: the bias, then the weights (64, classes), with classes rounded up to a
   multiple of 16 and filled with zeros.
 """
@@ -25,6 +26,8 @@ WIDTHS = (16, 32, 64)
 BLOCK_CHANNELS = 32
 CLASS_MULTIPLE = 16
 SIZE_MULTIPLE = 4
+# G of F(2x2, 3x3) in Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 4.1.
+_WINOGRAD_WEIGHTS = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 
 _NETWORK = "Tensor weights, int[] layers, int num_classes, bool subsample"
 LIBRARY.define(
@@ -117,9 +120,14 @@ def walk_isa() -> str:
 
 def pack_conv(weight: Tensor, bias: Tensor) -> Tensor:
     """(C_out, C_in, 3, 3) weight and (C_out,) bias -> vector for the kernels."""
-    block = min(weight.shape[0], BLOCK_CHANNELS)
-    blocks = weight.unflatten(0, (-1, block))  # (blocks, block, in, ky, kx)
-    return torch.cat([bias, blocks.permute(0, 3, 4, 2, 1).flatten()])
+    c_out, c_in = weight.shape[:2]
+    forms = [weight]
+    if c_in == c_out:
+        transform = torch.tensor(_WINOGRAD_WEIGHTS, dtype=torch.float64)
+        forms.append((transform @ weight.double() @ transform.t()).to(weight.dtype))
+    blocks = (form.unflatten(0, (-1, min(c_out, BLOCK_CHANNELS))) for form in forms)
+    # (blocks, block, in, ky, kx) -> (blocks, ky, kx, in, block)
+    return torch.cat([bias, *(one.permute(0, 3, 4, 2, 1).flatten() for one in blocks)])
 
 
 def pack_classifier(weight: Tensor, bias: Tensor) -> Tensor:
@@ -195,7 +203,9 @@ def _shapes(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _packed_size(layers: Sequence[int], num_classes: int) -> int:
-    convs = sum(c_out * (1 + 9 * c_in) for c_in, c_out in _shapes(layers))
+    convs = sum(
+        c_out * (1 + (9 + (16 if c_in == c_out else 0)) * c_in) for c_in, c_out in _shapes(layers)
+    )
     return convs + (1 + WIDTHS[-1]) * (num_classes + -num_classes % CLASS_MULTIPLE)
 
 
@@ -210,6 +220,8 @@ def _unpack(
         offset += c_out
         packed = weights[offset : offset + 9 * c_in * c_out].view(-1, 3, 3, c_in, block)
         offset += 9 * c_in * c_out
+        if c_in == c_out:
+            offset += 16 * c_in * c_out  # Winograd's form says the same again
         yield packed.permute(0, 4, 3, 1, 2).flatten(0, 1), bias
     packed = weights[offset:].view(1 + WIDTHS[-1], -1)[:, :num_classes]
     yield packed[1:].t(), packed[0]

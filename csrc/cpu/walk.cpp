@@ -38,7 +38,7 @@ constexpr int kWidths[kSegments] = {16, 32, 64};
 constexpr int kClassMultiple = 16;
 // Segment 1 of a 32x32 image has 16 pairs of rows: more threads for an image find nothing to do.
 constexpr int kMaxThreadsPerImage = 16;
-constexpr int kSpinsBeforeYield = 4096;
+constexpr int kSpinsBeforeYield = 1024;  // some 10 microseconds, about what a layer takes
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -121,7 +121,8 @@ Network read_network(const at::Tensor& weights, at::IntArrayRef layers, int64_t 
   int64_t offset = 0;
   auto take_conv = [&](int64_t in_channels, int64_t out_channels) {
     const int64_t begin = offset;
-    offset += out_channels + 9 * in_channels * out_channels;
+    const int64_t values = 9 + (in_channels == out_channels ? kTileProducts : 0);
+    offset += out_channels * (1 + values * in_channels);
     return offset <= weights.numel() ? data + begin : nullptr;
   };
   network.stem = take_conv(kImageChannels, kWidths[0]);
@@ -247,11 +248,12 @@ struct Slot {
   float* x[kSegments];        // the activations of each segment
   float* hidden[kSegments];   // between the two convolutions of a block
   float* logits;              // [padded_classes]
+  float* kernel_scratch;      // of the slot's thread, whatever image it walks
   std::vector<float*> saved;  // [num_sets - 1] activations, each as large as the largest
 };
 
 void relax(int spins) {
-  if (spins % kSpinsBeforeYield == kSpinsBeforeYield - 1) {
+  if (spins >= kSpinsBeforeYield) {  // the thread waited for may not be running
     std::this_thread::yield();
     return;
   }
@@ -301,7 +303,7 @@ class Walk {
     for (int segment = 0; segment < kSegments; ++segment) {
       saved_size = std::max(saved_size, activation_size(segment));
     }
-    std::vector<int64_t> sizes{image_size, network_.padded_classes};
+    std::vector<int64_t> sizes{image_size, network_.padded_classes, kScratchFloats};
     for (int segment = 0; segment < kSegments; ++segment) {
       sizes.insert(sizes.end(), 2, activation_size(segment));
     }
@@ -316,6 +318,7 @@ class Walk {
     for (Slot& slot : slots_) {
       slot.padded_image = take(image_size);
       slot.logits = take(network_.padded_classes);
+      slot.kernel_scratch = take(kScratchFloats);
       for (int segment = 0; segment < kSegments; ++segment) {
         slot.x[segment] = take(activation_size(segment));
         slot.hidden[segment] = take(activation_size(segment));
@@ -369,7 +372,7 @@ class Walk {
         }
       }
       own.state.store(together ? State::kWalkingTogether : State::kWalking);
-      Walker(*this, own, together).walk();
+      Walker(*this, own, together, own.kernel_scratch).walk();
     }
     own.state.store(State::kIdle);
     // No slot takes another image now.
@@ -380,19 +383,20 @@ class Walk {
         relax(spins);
         state = other.state.load();
       }
-      if (state == State::kWalkingTogether) Walker(*this, other, true).walk();
+      if (state == State::kWalkingTogether) Walker(*this, other, true, own.kernel_scratch).walk();
     }
   }
 
   // One thread on the path of one image. Threads that walk together run the same program.
   class Walker {
    public:
-    Walker(const Walk& walk, Slot& slot, bool together)
+    Walker(const Walk& walk, Slot& slot, bool together, float* kernel_scratch)
         : walk_(walk),
           kernels_(walk.kernels_),
           network_(walk.network_),
           slot_(slot),
-          together_(together) {}
+          together_(together),
+          kernel_scratch_(kernel_scratch) {}
 
     void walk() {
       const Path* paths = &walk_.paths_[static_cast<size_t>(slot_.image) * walk_.num_sets_];
@@ -434,7 +438,7 @@ class Walk {
       const int height = walk_.height(segment);
       const int blocks = kWidths[segment] / block_channels(kWidths[segment]);
       if (!together_) {
-        run(Part{0, height, 0, blocks});
+        run(Part{0, height, 0, blocks, kernel_scratch_});
         return;
       }
       // Blocks first: parts of different blocks read different weights.
@@ -444,7 +448,8 @@ class Walk {
         const int block = part % blocks;
         const int rows = part / blocks;
         run(Part{2 * (pairs * rows / row_parts),
-                 std::min(2 * (pairs * (rows + 1) / row_parts), height), block, block + 1});
+                 std::min(2 * (pairs * (rows + 1) / row_parts), height), block, block + 1,
+                 kernel_scratch_});
       });
     }
 
@@ -545,6 +550,7 @@ class Walk {
     const Network& network_;
     Slot& slot_;
     const bool together_;
+    float* const kernel_scratch_;
     int64_t next_step_ = 0;
   };
 

@@ -15,19 +15,33 @@ constexpr int block_channels(int channels) {
   return channels < kBlockChannels ? channels : kBlockChannels;
 }
 
-// A part of one layer: rows [row_begin, row_end) of the output, and of its channel blocks
-// [block_begin, block_end). Every output element is the same sum in the same order however a
-// layer is cut into parts.
+// Winograd's F(2x2, 3x3) computes 2x2 output pixels from a tile of 4x4 input pixels with 16
+// multiplications instead of 36. Tiles are handled in groups: the kTileProducts transformed inputs
+// of a group, and as many products, lie in scratch memory, 2 x 16 x 16 x 64 floats = 128 KB for 64
+// channels. A group of 16 is one row of tiles with 16 channels (32 KB), the whole image with 64.
+constexpr int kTiles = 16;
+constexpr int kTileProducts = 16;
+
+// Floats from one of a group's transformed inputs (or products) to the next. The 16 more keep the
+// 16 of a tile out of the same set of the L1 cache.
+constexpr int product_stride(int channels) { return kTiles * channels + 16; }
+constexpr int kScratchFloats = 2 * kTileProducts * product_stride(64);
+
+// A part of one layer: rows [row_begin, row_end) of the output, where row_begin is even and
+// row_end is even or the height, and of its channel blocks [block_begin, block_end). Every output
+// element is the same sum in the same order however a layer is cut into parts.
 struct Part {
   int row_begin, row_end;
   int block_begin, block_end;
+  float* scratch;  // [kScratchFloats], the calling thread's own
 };
 
 // output = relu(convolution(input) + bias + residual)
 struct Conv {
   const float* input;     // [stride * height + 2, stride * width + 2, in_channels]
   const float* weights;   // [out_channels] bias, then [out_channels / b, 3, 3, in_channels, b],
-                          // where b = block_channels(out_channels)
+                          // where b = block_channels(out_channels), then, if in_channels ==
+                          // out_channels, Winograd's [out_channels / b, 4, 4, in_channels, b]
   const float* residual;  // [height + 2, width + 2, out_channels], may be the output; or null
   float* output;          // [height + 2, width + 2, out_channels]
   int height, width;      // of the output

@@ -40,10 +40,18 @@ typedef float VecInMemory __attribute__((vector_size(4 * kLanes), aligned(4), ma
 inline Vec load(const float* p) { return *reinterpret_cast<const VecInMemory*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<VecInMemory*>(p) = v; }
 
+// Vectors of output channels that are summed up at once.
+constexpr int vectors_at_once(int channels) {
+  const int vectors = block_channels(channels) / kLanes;
+  return vectors < kMaxVectors ? vectors : kMaxVectors;
+}
+
 inline Vec relu(Vec v) {
   const Vec zero = {};
   return zero > v ? zero : v;  // in this order NaN stays NaN
 }
+
+// ---------------------------------------------------------------- direct convolution
 
 // One output pixel after the other, kPixels at a time: sums += input * weights over 3x3 taps.
 template <int kIn, int kOut, int kStride, int kPixels, int kVectors>
@@ -106,7 +114,7 @@ inline void convolve_row(const float* x, const float* weights, const float* bias
 template <int kIn, int kOut, int kStride>
 void convolve(const Conv& conv, const Part& part) {
   constexpr int kBlock = block_channels(kOut);
-  constexpr int kVectors = kBlock / kLanes < kMaxVectors ? kBlock / kLanes : kMaxVectors;
+  constexpr int kVectors = vectors_at_once(kOut);
   constexpr int kPixels = kSums / kVectors;
   const int x_row = (conv.width * kStride + 2) * kIn;
   const int y_row = (conv.width + 2) * kOut;
@@ -124,6 +132,166 @@ void convolve(const Conv& conv, const Part& part) {
     }
   }
 }
+
+// ---------------------------------------------------------------- Winograd F(2x2, 3x3)
+//
+// With the transforms of A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural
+// Networks" (2016), section 4.1: Y = A^T [(G g G^T) * (B^T d B)] A. The larger F(4x4, 3x3) would
+// multiply less still, but its rounding errors are beyond the project's tolerance.
+
+// B^T d B of one tile.
+template <int kChannels>
+inline void transform_input(const float* x,  // [4.., x_row] at the tile's first pixel
+                            int x_row,
+                            float* out) {  // [kTileProducts, product_stride]
+  constexpr int kStride = product_stride(kChannels);
+  for (int c = 0; c < kChannels; c += kLanes) {
+    Vec rows[4][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const float* column = x + j * kChannels + c;
+      const Vec x0 = load(column);
+      const Vec x1 = load(column + x_row);
+      const Vec x2 = load(column + 2 * x_row);
+      const Vec x3 = load(column + 3 * x_row);
+      rows[0][j] = x0 - x2;
+      rows[1][j] = x1 + x2;
+      rows[2][j] = x2 - x1;
+      rows[3][j] = x1 - x3;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* row = out + 4 * i * kStride + c;
+      store(row, rows[i][0] - rows[i][2]);
+      store(row + kStride, rows[i][1] + rows[i][2]);
+      store(row + 2 * kStride, rows[i][2] - rows[i][1]);
+      store(row + 3 * kStride, rows[i][1] - rows[i][3]);
+    }
+  }
+}
+
+// One of the 16 products for tiles [tile, num_tiles) and kVectors vectors of output channels; what
+// is left after groups of kPixels goes in smaller groups.
+template <int kChannels, int kPixels, int kVectors>
+inline void multiply(const float* x,        // [num_tiles, kChannels]
+                     const float* weights,  // [kChannels, block_channels(kChannels)]
+                     float* y,              // [num_tiles, kChannels]
+                     int tile, int num_tiles) {
+  for (; tile + kPixels <= num_tiles; tile += kPixels) {
+    Vec sums[kPixels][kVectors] = {};
+#pragma GCC unroll 2
+    for (int c = 0; c < kChannels; ++c) {
+      Vec w[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        w[v] = load(weights + c * block_channels(kChannels) + v * kLanes);
+      }
+#pragma GCC unroll 16
+      for (int p = 0; p < kPixels; ++p) {
+        const float value = x[(tile + p) * kChannels + c];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[p][v] += value * w[v];
+      }
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < kPixels; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        store(y + (tile + p) * kChannels + v * kLanes, sums[p][v]);
+      }
+    }
+  }
+  if constexpr (kPixels > 1) {
+    multiply<kChannels, kPixels / 2, kVectors>(x, weights, y, tile, num_tiles);
+  }
+}
+
+// A^T m A of one tile and one vector of channels, then what follows every convolution.
+template <int kChannels>
+inline void transform_output(const float* products,  // [kTileProducts, product_stride]
+                             Vec bias,
+                             const float* residual,  // like y, or null
+                             float* y,               // [2, y_row]
+                             int y_row) {
+  constexpr int kStride = product_stride(kChannels);
+  Vec rows[2][4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const float* column = products + j * kStride;
+    const Vec m0 = load(column);
+    const Vec m1 = load(column + 4 * kStride);
+    const Vec m2 = load(column + 8 * kStride);
+    const Vec m3 = load(column + 12 * kStride);
+    rows[0][j] = m0 + (m1 + m2);
+    rows[1][j] = (m1 - m2) - m3;
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const Vec* row = rows[i];
+    Vec left = row[0] + (row[1] + row[2]) + bias;
+    Vec right = (row[1] - row[2]) - row[3] + bias;
+    if (residual) {
+      left += load(residual + i * y_row);
+      right += load(residual + i * y_row + kChannels);
+    }
+    store(y + i * y_row, relu(left));
+    store(y + i * y_row + kChannels, relu(right));
+  }
+}
+
+// A layer with even height and width.
+template <int kChannels>
+void convolve_winograd(const Conv& conv, const Part& part) {
+  constexpr int kBlock = block_channels(kChannels);
+  constexpr int kVectors = vectors_at_once(kChannels);
+  constexpr int kStride = product_stride(kChannels);
+  const int row = (conv.width + 2) * kChannels;
+  const int tiles_in_row = conv.width / 2;
+  const int first_tile = part.row_begin / 2 * tiles_in_row;
+  const int last_tile = part.row_end / 2 * tiles_in_row;
+  const float* all_weights = conv.weights + kChannels + 9 * kChannels * kChannels;
+  float* inputs = part.scratch;
+  float* products = part.scratch + kTileProducts * kStride;
+  for (int begin = first_tile; begin < last_tile; begin += kTiles) {
+    const int num_tiles = last_tile - begin < kTiles ? last_tile - begin : kTiles;
+    for (int t = 0; t < num_tiles; ++t) {
+      const int y = (begin + t) / tiles_in_row * 2;
+      const int x = (begin + t) % tiles_in_row * 2;
+      transform_input<kChannels>(conv.input + y * row + x * kChannels, row, inputs + t * kChannels);
+    }
+    for (int block = part.block_begin; block < part.block_end; ++block) {
+      for (int i = 0; i < kTileProducts; ++i) {
+        const float* weights = all_weights + (block * kTileProducts + i) * kChannels * kBlock;
+        for (int channel = 0; channel < kBlock; channel += kVectors * kLanes) {
+          multiply<kChannels, kSums / kVectors, kVectors>(
+              inputs + i * kStride, weights + channel,
+              products + i * kStride + block * kBlock + channel, 0, num_tiles);
+        }
+      }
+    }
+    for (int t = 0; t < num_tiles; ++t) {
+      const int y = (begin + t) / tiles_in_row * 2;
+      const int x = (begin + t) % tiles_in_row * 2;
+      const int at = (y + 1) * row + (x + 1) * kChannels;
+      for (int c = part.block_begin * kBlock; c < part.block_end * kBlock; c += kLanes) {
+        transform_output<kChannels>(products + t * kChannels + c, load(conv.weights + c),
+                                    conv.residual ? conv.residual + at + c : nullptr,
+                                    conv.output + at + c, row);
+      }
+    }
+  }
+}
+
+template <int kChannels>
+void convolve_same(const Conv& conv, const Part& part) {
+  if (conv.height % 2 == 0 && conv.width % 2 == 0) {
+    convolve_winograd<kChannels>(conv, part);
+  } else {
+    convolve<kChannels, kChannels, 1>(conv, part);
+  }
+}
+
+// ---------------------------------------------------------------- shortcut and classifier
 
 void shorten(const Shortcut& shortcut, const Part& part) {
   const int channels = shortcut.channels;
@@ -181,7 +349,7 @@ void classify(const Classifier& classifier) {
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           convolve<3, 16, 1>,
-          {convolve<16, 16, 1>, convolve<32, 32, 1>, convolve<64, 64, 1>},
+          {convolve_same<16>, convolve_same<32>, convolve_same<64>},
           {nullptr, convolve<16, 32, 2>, convolve<32, 64, 2>},
           shorten,
           classify};
