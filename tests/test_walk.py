@@ -245,8 +245,9 @@ def test_images_of_any_strides():
     assert torch.equal(executor.run(wide[:, :, ::2], decisions), expected)
     channels_last = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(executor.run(channels_last, decisions), expected)
-    assert torch.equal(executor.run(images[:1].expand(5, -1, -1, -1), decisions),
-                       expected[:1].expand(5, -1))
+    assert torch.equal(
+        executor.run(images[:1].expand(5, -1, -1, -1), decisions), expected[:1].expand(5, -1)
+    )
 
 
 def test_nan_stays_with_its_image():

@@ -70,9 +70,7 @@ def walk(
         TypeError: images or weights are not float32, decisions not bool.
         ValueError: shapes that do not fit each other, or the layout above.
     """
-    return torch.ops.blockdrop_fast.walk(
-        images, decisions, weights, layers, num_classes, subsample
-    )
+    return torch.ops.blockdrop_fast.walk(images, decisions, weights, layers, num_classes, subsample)
 
 
 def walk_policy(
