@@ -6,6 +6,8 @@ images -> policy network -> decisions -> plan -> executor (walk | gather | dense
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -24,6 +26,20 @@ from blockdrop_fast.policy import decide
 Strategy = Literal["auto", "walk", "gather", "dense"]
 EXECUTORS = {"walk": WalkExecutor, "gather": GatherExecutor, "dense": DenseExecutor}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _exactly(method: Callable) -> Callable:
+    """Run a method without gradients and at the engine's own precision, whatever autocast says."""
+
+    @torch.inference_mode()
+    @functools.wraps(method)
+    def call(self: Engine, *args, **kwargs):
+        if not torch.is_autocast_enabled(self.device.type):
+            return method(self, *args, **kwargs)
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class Engine:
@@ -51,25 +67,31 @@ class Engine:
         """Take over the model's present weights, batch-norm statistics and device."""
         self.config = self.backbone.config
         self.device = self.backbone.fc.weight.device
+        _check_device(self.model, self.device)
         network = fold_network(self.backbone, self.dtype)
-        self.strategy, self.strategy_reason = self._asked, "asked for"
         if self._asked == "auto":
-            self.strategy, self.strategy_reason = _fastest(network)
-        self._executor = EXECUTORS[self.strategy](network)
+            self._executor, self.strategy_reason = _walk_or(GatherExecutor, network)
+            self.strategy = "walk" if isinstance(self._executor, WalkExecutor) else "gather"
+        else:
+            self._executor = EXECUTORS[self._asked](network)
+            self.strategy, self.strategy_reason = self._asked, "asked for"
         self._policy = None
         if isinstance(self.model, BlockDrop):
             self._policy_pool = self.model.policy.input_pool
             policy = fold_network(self.model.policy.network, self.dtype)
             # The policy network runs complete: by the walk where that serves it, else densely.
-            self._policy = EXECUTORS["walk" if self.strategy == "walk" else "dense"](policy)
-            self._policy_blocks = policy.config.num_blocks
+            if self.strategy == "walk":
+                self._policy, _ = _walk_or(DenseExecutor, policy)
+            else:
+                self._policy = DenseExecutor(policy)
+            self._policy_config = policy.config
 
     @property
     def backbone(self) -> ResNet:
         """The model's backbone."""
         return self.model.backbone if isinstance(self.model, BlockDrop) else self.model
 
-    @torch.inference_mode()
+    @_exactly
     def __call__(self, images: Tensor) -> Output:
         """Decide and execute; a bare backbone has no policy and keeps all blocks.
 
@@ -86,7 +108,7 @@ class Engine:
         decisions = self._decide(images)
         return Output(self._execute(images, decisions), decisions)
 
-    @torch.inference_mode()
+    @_exactly
     def probabilities(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, K), the policy's probability of keeping each block.
 
@@ -101,7 +123,7 @@ class Engine:
             )
         return self._probabilities(images)
 
-    @torch.inference_mode()
+    @_exactly
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """Execute decisions from anywhere.
 
@@ -115,7 +137,7 @@ class Engine:
         self._check(images)
         return self._execute(images, self._check_decisions(images, decisions))
 
-    @torch.inference_mode()
+    @_exactly
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
         """Execute several decision sets of the same images, computing shared prefixes once.
 
@@ -127,6 +149,8 @@ class Engine:
             (S, B, num_classes) logits: ``result[s]`` equals ``run(images, decisions[s])``.
         """
         self._check(images)
+        if not isinstance(decisions, Tensor):
+            raise TypeError(f"decisions: expected a torch.Tensor, got {type(decisions).__name__}")
         if decisions.ndim != 3 or decisions.shape[0] < 1:
             raise ValueError(
                 "decisions: expected shape (S, B, K) with S at least 1, got "
@@ -161,10 +185,18 @@ class Engine:
         return decide(self._probabilities(images))
 
     def _probabilities(self, images: Tensor) -> Tensor:
-        if self._policy_pool > 1:
-            images = torch.nn.functional.avg_pool2d(images, self._policy_pool)
+        pool, multiple = self._policy_pool, self._policy_config.size_multiple
+        height, width = (size // pool for size in images.shape[2:])
+        if min(height, width) < multiple or height % multiple or width % multiple:
+            raise ValueError(
+                "images: height and width must be positive multiples of "
+                f"{multiple} for the policy network (after pooling by {pool}), "
+                f"got {height}x{width}"
+            )
+        if pool > 1:
+            images = torch.nn.functional.avg_pool2d(images, pool)
         everything = torch.ones(
-            images.shape[0], self._policy_blocks, dtype=torch.bool, device=images.device
+            images.shape[0], self._policy_config.num_blocks, dtype=torch.bool, device=images.device
         )
         return self._policy.run(images, everything).sigmoid()
 
@@ -174,15 +206,28 @@ class Engine:
         return self._executor.run(images, decisions)
 
 
-def _fastest(network: FoldedNetwork) -> tuple[str, str]:
-    """The fastest strategy that serves a network here, and why."""
-    if not extension_status().loaded:
-        return "gather", f"the walk needs the compiled extension: {extension_status().reason}"
+def _check_device(model: BlockDrop | ResNet, device: torch.device) -> None:
+    """Raise unless the whole model is on one device that can compute."""
+    others = {tensor.device for tensor in model.state_dict().values()} - {device}
+    if others:
+        raise ValueError(
+            f"model: expected on one device, got weights on {device} and {others.pop()}"
+        )
+    if device.type == "meta":
+        raise ValueError("model: expected weights, those on the meta device have no values")
+
+
+def _walk_or(
+    other: type[GatherExecutor] | type[DenseExecutor], network: FoldedNetwork
+) -> tuple[WalkExecutor | GatherExecutor | DenseExecutor, str]:
+    """The walk where it serves a network here, else another executor; and why."""
+    status = extension_status()
+    if not status.loaded:
+        return other(network), f"the walk needs the compiled extension: {status.reason}"
     try:
-        WalkExecutor(network)
+        return WalkExecutor(network), "the fastest for this network on a CPU"
     except (TypeError, ValueError) as error:
-        return "gather", str(error)
-    return "walk", "the fastest for this network on a CPU"
+        return other(network), str(error)
 
 
 def compile(
@@ -205,8 +250,9 @@ def compile(
             device at every call. On a CPU they always are checked.
 
     Raises:
-        TypeError: not a model of this package, or a dtype that is not supported.
-        ValueError: an unknown strategy, or one that does not support the network.
+        TypeError: not a model of this package, a dtype that is not supported, or not by the walk.
+        ValueError: an unknown strategy, one that does not support the network, or a model that is
+            on several devices or on the meta device.
     """
     if not isinstance(model, (BlockDrop, ResNet)):
         raise TypeError(f"model: expected BlockDrop or ResNet, got {type(model).__name__}")
