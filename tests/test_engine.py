@@ -1,0 +1,592 @@
+"""Every strategy of the engine against the float64 reference, and what the engine refuses."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import blockdrop_fast as bdf
+from blockdrop_fast._extension import extension_status
+from blockdrop_fast.models import ResNet, ResNetConfig, resnet50
+from blockdrop_fast.policy import PolicyNetwork
+from blockdrop_fast.timing import make_reference
+
+STRATEGIES = ["walk", "gather", "dense"]
+IMAGES = 64  # the tolerance means something from here on
+
+CIFAR = ResNetConfig("basic", (2, 1, 2), (16, 32, 64), "cifar", "average_pool", 10)
+BOTTLENECK = ResNetConfig("bottleneck", (2, 1, 2), (4, 6, 8), "imagenet", "projection", 7)
+# What the walk does not run, each with something of its own.
+CUSTOM = {
+    "bottleneck": BOTTLENECK,
+    "basic projection": ResNetConfig("basic", (1, 2), (64, 8), "imagenet", "projection", 5),
+    "imagenet average pool": ResNetConfig("basic", (2, 1), (64, 80), "imagenet", "average_pool", 3),
+    "cifar bottleneck": ResNetConfig("bottleneck", (1, 2), (4, 8), "cifar", "subsample", 5),
+    "one segment": ResNetConfig("basic", (3,), (8,), "cifar", "subsample", 2),
+    "no new channels": ResNetConfig("basic", (1, 2), (8, 8), "cifar", "average_pool", 4),
+    "no new channels, subsampled": ResNetConfig("basic", (1, 2), (8, 8), "cifar", "subsample", 4),
+}
+
+
+def make_network(config: ResNetConfig, seed: int = 0) -> ResNet:
+    """A network in eval mode whose batch norm does something, with logits of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = ResNet(config).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.4, 0.9),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+            ):
+                tensor.data.uniform_(low, high, generator=generator)
+    return network
+
+
+def make_policy(num_blocks: int, images: torch.Tensor, seed: int = 1, pool: int = 1):
+    """A policy network that keeps about half of the blocks of these images."""
+    config = ResNetConfig("basic", (1, 1, 1), (16, 32, 64), "cifar", "average_pool", num_blocks)
+    policy = PolicyNetwork(make_network(config, seed), pool).eval()
+    with torch.no_grad():
+        policy.network.fc.bias -= policy.logits(images.float()).median(0).values
+    return policy
+
+
+def make_model(config: ResNetConfig = CIFAR, seed: int = 0):
+    """A BlockDrop model and images that it keeps about half of its blocks for."""
+    images = make_images(config, IMAGES, seed)
+    backbone = make_network(config, seed)
+    return bdf.BlockDrop(backbone, make_policy(backbone.num_blocks, images)), images
+
+
+def make_images(config: ResNetConfig, count: int, seed: int = 0, dtype=torch.float32):
+    size = (24, 32) if config.stem == "imagenet" else (8, 12)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, *size, generator=generator).to(dtype)
+
+
+def make_decisions(kind: str, count: int, num_blocks: int, seed: int = 0) -> torch.Tensor:
+    """Decisions: all kept, all dropped, of one image only, or of every block usage."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "one image":
+        decisions = torch.zeros(count, num_blocks, dtype=torch.bool)
+        decisions[seed % count] = True
+        return decisions
+    if kind == "random":
+        usage = torch.rand(count, 1, generator=generator) * 1.4 - 0.2
+        return torch.rand(count, num_blocks, generator=generator) < usage
+    return torch.full((count, num_blocks), kind == "all kept")
+
+
+KINDS = st.sampled_from(["all kept", "all dropped", "one image", "random", "random"])
+
+
+def check(engine: bdf.Engine, logits, images, decisions) -> None:
+    """Compare with the float64 reference under the tolerance rule."""
+    assert logits.dtype == engine.dtype
+    if engine.dtype == torch.float64:
+        # The rule measures PyTorch's rounding against float64: there is none to measure here.
+        with torch.no_grad():
+            expected = copy.deepcopy(engine.backbone).double()(images, decisions)
+        torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-11)
+    else:
+        backbone = copy.deepcopy(engine.backbone).eval()
+        make_reference(backbone, images, decisions, engine.dtype).check(engine.strategy, logits)
+
+
+def in_batches(engine: bdf.Engine, images, decisions, batch: int) -> torch.Tensor:
+    parts = zip(images.split(batch), decisions.split(batch), strict=True)
+    return torch.cat([engine.run(*part) for part in parts])
+
+
+@contextmanager
+def poisoned_memory():
+    """Fresh memory of PyTorch's is full of NaN, so that unwritten elements show."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(64).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ------------------------------------------------------------------ against the reference
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=12, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    shortcut=st.sampled_from(["average_pool", "subsample"]),
+    classes=st.sampled_from([1, 10, 100]),
+    batch=st.sampled_from([1, 2, 7, 64]),
+    kind=KINDS,
+    seed=st.integers(0, 2**31),
+)
+def test_cifar_networks(strategy, n, shortcut, classes, batch, kind, seed):
+    config = ResNetConfig("basic", (n, n, n), (16, 32, 64), "cifar", shortcut, classes)
+    images, decisions = make_images(config, IMAGES, seed), make_decisions(kind, IMAGES, 3 * n, seed)
+    engine = bdf.compile(make_network(config, seed), strategy=strategy)
+    check(engine, in_batches(engine, images, decisions, batch), images, decisions)
+
+
+@pytest.mark.parametrize("strategy", ["gather", "dense"])
+@pytest.mark.parametrize("name", CUSTOM)
+@settings(max_examples=4, deadline=None)
+@given(batch=st.sampled_from([1, 5, 64]), kind=KINDS, seed=st.integers(0, 2**31))
+def test_custom_networks(strategy, name, batch, kind, seed):
+    config = CUSTOM[name]
+    images = make_images(config, IMAGES, seed)
+    decisions = make_decisions(kind, IMAGES, config.num_blocks, seed)
+    engine = bdf.compile(make_network(config, seed), strategy=strategy)
+    check(engine, in_batches(engine, images, decisions, batch), images, decisions)
+
+
+@pytest.mark.parametrize("strategy", ["gather", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [CIFAR, BOTTLENECK], ids=["cifar", "bottleneck"])
+def test_dtypes(strategy, dtype, config):
+    images = make_images(config, IMAGES, dtype=dtype)
+    decisions = make_decisions("random", IMAGES, config.num_blocks)
+    engine = bdf.compile(make_network(config), dtype=dtype, strategy=strategy)
+    check(engine, in_batches(engine, images, decisions, 16), images, decisions)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=10, deadline=None)
+@given(sets=st.integers(1, 4), data=st.data(), seed=st.integers(0, 2**31))
+def test_sets(strategy, sets, data, seed):
+    """Each set gives what it gives alone; sets fork anywhere, or nowhere, image by image."""
+    num_blocks = CIFAR.num_blocks
+    decisions = torch.stack(
+        [make_decisions("random", IMAGES, num_blocks, seed + s) for s in range(sets)]
+    )
+    for s in range(1, sets):
+        generator = torch.Generator().manual_seed(seed + s)
+        low, high = data.draw(st.sampled_from([(0, 1), (0, num_blocks + 1), (num_blocks,) * 2]))
+        forks = torch.randint(low, high + (low == high), (IMAGES, 1), generator=generator)
+        earlier = decisions[data.draw(st.integers(0, s - 1))]
+        decisions[s] = torch.where(torch.arange(num_blocks) < forks, earlier, decisions[s])
+    images = make_images(CIFAR, IMAGES, seed)
+    engine = bdf.compile(make_network(CIFAR, seed), strategy=strategy)
+    logits = engine.run_sets(images, decisions)
+    assert logits.shape == (sets, IMAGES, 10)
+    for result, one in zip(logits, decisions, strict=True):
+        check(engine, result, images, one)
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_sets_of_custom_networks(name):
+    config = CUSTOM[name]
+    images = make_images(config, IMAGES)
+    decisions = torch.stack(
+        [make_decisions("random", IMAGES, config.num_blocks, seed) for seed in (0, 1, 0)]
+    )
+    decisions[1, ::2, 0] = decisions[0, ::2, 0]
+    engine = bdf.compile(make_network(config), strategy="gather")
+    for result, one in zip(engine.run_sets(images, decisions), decisions, strict=True):
+        check(engine, result, images, one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int64, torch.bfloat16])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_decisions_of_any_dtype(strategy, dtype):
+    images, decisions = make_images(CIFAR, 6), make_decisions("random", 6, CIFAR.num_blocks)
+    engine = bdf.compile(make_network(CIFAR), strategy=strategy)
+    expected = engine.run(images, decisions)
+    assert torch.equal(engine.run(images, decisions.to(dtype)), expected)
+    sets = torch.stack([decisions, ~decisions])
+    assert torch.equal(engine.run_sets(images, sets.to(dtype)), engine.run_sets(images, sets))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_element_is_written(strategy):
+    model, images = make_model()
+    engine = bdf.compile(model, strategy=strategy)
+    sets = torch.stack([make_decisions("random", IMAGES, CIFAR.num_blocks, s) for s in range(3)])
+    with poisoned_memory():
+        output = engine(images)
+        results = engine.run_sets(images, sets)
+    check(engine, output.logits, images, output.decisions)
+    for result, one in zip(results, sets, strict=True):
+        check(engine, result, images, one)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_image_does_not_touch_another(strategy):
+    """An image's logits stay the same, up to rounding, whatever the others of its batch are."""
+    images, decisions = make_images(CIFAR, 8), make_decisions("random", 8, CIFAR.num_blocks)
+    engine = bdf.compile(make_network(CIFAR), strategy=strategy)
+    expected = engine.run(images, decisions)[3]
+    others = torch.randn(images.shape, generator=torch.Generator().manual_seed(5)) * 100
+    others[3], flipped = images[3], ~decisions
+    flipped[3] = decisions[3]
+    torch.testing.assert_close(engine.run(others, flipped)[3], expected, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------ policy
+
+
+class Probabilities(nn.Module):
+    """A policy network with a backbone's signature, for ``make_reference``."""
+
+    def __init__(self, policy: PolicyNetwork):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, images, decisions):
+        return self.policy(images)
+
+
+def check_policy(engine: bdf.Engine, images: torch.Tensor) -> None:
+    logits, decisions = engine(images)
+    probabilities = engine.probabilities(images)
+    policy = copy.deepcopy(engine.model.policy).eval()
+    reference = make_reference(Probabilities(policy), images, None, engine.dtype)
+    reference.check(f"{engine.strategy} policy", probabilities)
+    assert decisions.dtype == torch.bool
+    assert torch.equal(decisions, bdf.decide(probabilities))
+    assert 0.2 < decisions.float().mean() < 0.8
+    check(engine, logits, images, decisions)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dtype"),
+    [
+        ("walk", torch.float32),
+        ("gather", torch.float32),
+        ("dense", torch.float32),
+        ("gather", torch.bfloat16),
+        ("auto", torch.bfloat16),
+    ],
+)
+def test_policy(strategy, dtype):
+    model, images = make_model()
+    check_policy(bdf.compile(model, dtype=dtype, strategy=strategy), images.to(dtype))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "walk"])
+def test_policy_that_the_walk_does_not_run(strategy):
+    """A backbone that the walk runs with a policy network that it does not run."""
+    images = make_images(CIFAR, IMAGES)
+    backbone = make_network(CIFAR)
+    config = ResNetConfig("basic", (1, 1), (8, 24), "cifar", "subsample", backbone.num_blocks)
+    policy = PolicyNetwork(make_network(config, 1)).eval()
+    with torch.no_grad():
+        policy.network.fc.bias -= policy.logits(images).median(0).values
+    engine = bdf.compile(bdf.BlockDrop(backbone, policy), strategy=strategy)
+    if extension_status().loaded:
+        assert engine.strategy == "walk"
+    check_policy(engine, images)
+
+
+def test_policy_on_pooled_images():
+    config = ResNetConfig("basic", (2, 1), (16, 20), "cifar", "average_pool", 5)
+    images = torch.randn(IMAGES, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    model = bdf.BlockDrop(make_network(config), make_policy(3, images, pool=2))
+    engine = bdf.compile(model)
+    check_policy(engine, images)
+    message = r"images: .* multiples of 4 for the policy network \(after pooling by 2\), got 7x12"
+    for call in (engine, engine.probabilities):
+        with pytest.raises(ValueError, match=message):
+            call(images[:, :, :14])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bare_backbone_keeps_everything(strategy):
+    images, backbone = make_images(CIFAR, IMAGES), make_network(CIFAR)
+    engine = bdf.compile(backbone, strategy=strategy)
+    logits, decisions = engine(images)
+    assert decisions.dtype == torch.bool
+    assert decisions.shape == (IMAGES, CIFAR.num_blocks)
+    assert decisions.all()
+    check(engine, logits, images, None)
+    with pytest.raises(RuntimeError, match=r"probabilities: .* bare backbone"):
+        engine.probabilities(images)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_empty_batch(strategy):
+    model, _ = make_model()
+    engine = bdf.compile(model, strategy=strategy)
+    images, decisions = make_images(CIFAR, 0), torch.empty(0, CIFAR.num_blocks)
+    output = engine(images)
+    assert output.logits.shape == engine.run(images, decisions).shape == (0, 10)
+    assert output.decisions.shape == (0, CIFAR.num_blocks)
+    assert output.decisions.dtype == torch.bool
+    assert engine.probabilities(images).shape == (0, CIFAR.num_blocks)
+    sets = engine.run_sets(images, decisions.expand(3, -1, -1))
+    assert sets.shape == (3, 0, 10)
+    assert sets.dtype == output.logits.dtype == torch.float32
+
+
+# ------------------------------------------------------------------ what stays as it is
+
+
+def snapshot(model: nn.Module) -> dict:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_model_in_train_mode_stays_as_it_is(strategy):
+    model, images = make_model()
+    model.train()
+    model.policy.eval()
+    before, modes = snapshot(model), [module.training for module in model.modules()]
+    engine = bdf.compile(model, strategy=strategy)
+    logits, decisions = engine(images)
+    engine.run_sets(images, torch.stack([decisions, ~decisions]))
+    engine.refresh()
+    check(engine, logits, images, decisions)
+    assert modes == [module.training for module in model.modules()]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_engine_is_a_snapshot_until_refreshed(strategy, dtype):
+    if strategy == "walk" and dtype != torch.float32:
+        pytest.skip("the walk is float32")
+    model, images = make_model()
+    # In the model's own dtype, where a conversion would not copy.
+    model, images = model.to(dtype), images.to(dtype)
+    engine = bdf.compile(model, dtype=dtype, strategy=strategy)
+    old = engine(images)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(1.1)
+    again = engine(images)
+    assert torch.equal(again.logits, old.logits)
+    assert torch.equal(again.decisions, old.decisions)
+    engine.refresh()
+    new = engine(images)
+    assert not torch.allclose(new.logits, old.logits, rtol=1e-3)
+    check(engine, new.logits, images, new.decisions)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_arguments_of_any_strides_are_not_modified(strategy):
+    model, images = make_model()
+    engine = bdf.compile(model, strategy=strategy)
+    decisions = engine(images).decisions
+    height, width = images.shape[2:]
+    transposed = torch.empty(IMAGES, width, height, 3).permute(0, 3, 2, 1)
+    sliced = torch.zeros(2 * IMAGES, 3, height, 3 * width)[::2, :, :, ::3]
+    forms = {
+        "contiguous": images.clone(),
+        "channels-last": images.contiguous(memory_format=torch.channels_last),
+        "transposed": transposed.copy_(images),
+        "sliced": sliced.copy_(images),
+        "inference": torch.inference_mode()(images.clone)(),
+        "differentiable": images.clone().requires_grad_(),
+    }
+    wide = torch.zeros(IMAGES, 2 * CIFAR.num_blocks, dtype=torch.bool)[:, ::2].copy_(decisions)
+    sets = torch.stack([decisions, ~decisions], dim=2).permute(2, 0, 1)
+    for name, form in forms.items():
+        strides = form.stride()
+        check(engine, engine(form).logits, images, decisions)
+        check(engine, engine.run(form, wide), images, decisions)
+        check(engine, engine.run_sets(form, sets)[1], images, ~decisions)
+        assert torch.equal(form.detach(), images), name
+        assert form.stride() == strides, name
+        assert torch.equal(wide, decisions), name
+        assert torch.equal(sets[0], decisions), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_autocast_does_not_reach_the_engine(strategy):
+    """The engine computes in its dtype, and what it refuses it refuses under autocast, too."""
+    model, images = make_model()
+    engine = bdf.compile(model, strategy=strategy)
+    expected = engine(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = engine(images)
+        assert torch.is_autocast_enabled("cpu")
+        with pytest.raises(TypeError, match=r"images: expected dtype torch.float32"):
+            engine(images.bfloat16())
+    assert found.logits.dtype == torch.float32
+    check(engine, found.logits, images, expected.decisions)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_threads_at_once(strategy):
+    model, images = make_model()
+    engine = bdf.compile(model, strategy=strategy)
+    decisions = [make_decisions("random", IMAGES, CIFAR.num_blocks, seed) for seed in (0, 1)]
+    references = [make_reference(model.backbone, images, one, torch.float32) for one in decisions]
+
+    def repeat(which: int) -> None:
+        for _ in range(15):
+            references[which].check("thread", engine.run(images, decisions[which]))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(repeat, (0, 1)))
+
+
+def test_reference_notices_wrong_logits():
+    """The checks above do see a single wrong element."""
+    images, backbone = make_images(CIFAR, IMAGES), make_network(CIFAR)
+    engine = bdf.compile(backbone, strategy="dense")
+    logits = engine(images).logits.clone()
+    for wrong in (1e-3, torch.nan):
+        spoilt = logits.clone()
+        spoilt[17, 3] += wrong
+        with pytest.raises(AssertionError, match="dense: logits are off"):
+            check(engine, spoilt, images, None)
+
+
+# ------------------------------------------------------------------ strategies
+
+
+def test_auto_says_why():
+    on_cpu = bdf.compile(make_network(CIFAR))
+    if extension_status().loaded:
+        assert (on_cpu.strategy, on_cpu.strategy_reason) == (
+            "walk",
+            "the fastest for this network on a CPU",
+        )
+    else:
+        assert on_cpu.strategy == "gather"
+        assert "compiled extension" in on_cpu.strategy_reason
+    asked = bdf.compile(make_network(CIFAR), strategy="dense")
+    assert (asked.strategy, asked.strategy_reason) == ("dense", "asked for")
+
+
+@pytest.mark.skipif(not extension_status().loaded, reason="the walk is not chosen without it")
+def test_auto_gathers_where_the_walk_cannot():
+    engine = bdf.compile(make_network(BOTTLENECK))
+    assert engine.strategy == "gather"
+    assert "the walk supports block 'basic' only" in engine.strategy_reason
+    engine = bdf.compile(make_network(CIFAR), dtype=torch.float64)
+    assert engine.strategy == "gather"
+    assert "torch.float32 only" in engine.strategy_reason
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model, _ = make_model()
+    return bdf.compile(model, strategy="gather")
+
+
+def images_with(value: float) -> torch.Tensor:
+    images = make_images(CIFAR, 2)
+    images[1, 2, 3, 4] = value
+    return images
+
+
+BAD_IMAGES = [
+    ([[0.0]], TypeError, "images: expected a torch.Tensor, got list"),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.float64), TypeError, "expected dtype torch.float32"),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), TypeError, "expected dtype torch.float32"),
+    (torch.zeros(2, 3, 8, 8, device="meta"), ValueError, "images: expected on cpu, got on meta"),
+    (torch.zeros(2, 1, 8, 8), ValueError, r"images: expected shape \(B, 3, H, W\), got \(2, 1,"),
+    (torch.zeros(3, 8, 8), ValueError, r"images: expected shape \(B, 3, H, W\), got \(3, 8, 8\)"),
+    (torch.zeros(2, 3, 8, 10), ValueError, "positive multiples of 4, got 8x10"),
+    (torch.zeros(2, 3, 0, 8), ValueError, "positive multiples of 4, got 0x8"),
+    (images_with(torch.nan), ValueError, "images: contain NaN or infinite values"),
+    (images_with(-torch.inf), ValueError, "images: contain NaN or infinite values"),
+]
+
+
+@pytest.mark.parametrize(("images", "error", "message"), BAD_IMAGES)
+def test_bad_images(engine, images, error, message):
+    decisions = torch.ones(2, CIFAR.num_blocks)
+    for call in (
+        engine,
+        engine.probabilities,
+        lambda images: engine.run(images, decisions),
+        lambda images: engine.run_sets(images, decisions[None]),
+    ):
+        with pytest.raises(error, match=message):
+            call(images)
+
+
+BAD_DECISIONS = [
+    ([[1, 0, 1, 0, 1]] * 2, TypeError, "decisions: expected a torch.Tensor, got list"),
+    (torch.ones(2, 4), ValueError, r"decisions: expected shape \(B, K\) = \(2, 5\), got \(2, 4\)"),
+    (torch.ones(3, 5), ValueError, r"decisions: expected shape \(B, K\) = \(2, 5\), got \(3, 5\)"),
+    (torch.ones(2, 5, device="meta"), ValueError, "decisions: expected on cpu .*, got on meta"),
+    (torch.full((2, 5), 0.5), ValueError, "decisions: expected only 0 and 1, got 0.5"),
+    (torch.full((2, 5), 2), ValueError, "decisions: expected only 0 and 1, got 2"),
+    (torch.full((2, 5), torch.nan), ValueError, "decisions: expected only 0 and 1, got nan"),
+    (torch.ones(2, 5, dtype=torch.complex64), TypeError, "decisions: expected bool or 0/1"),
+]
+
+
+@pytest.mark.parametrize(("decisions", "error", "message"), BAD_DECISIONS)
+def test_bad_decisions(engine, decisions, error, message):
+    images = make_images(CIFAR, 2)
+    with pytest.raises(error, match=message):
+        engine.run(images, decisions)
+    sets = decisions[None] if isinstance(decisions, torch.Tensor) else [decisions]
+    with pytest.raises(error, match=message):
+        engine.run_sets(images, sets)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (0, 2, 5), (1, 1, 2, 5)])
+def test_bad_sets(engine, shape):
+    with pytest.raises(ValueError, match=r"decisions: expected shape \(S, B, K\) with S at least"):
+        engine.run_sets(make_images(CIFAR, 2), torch.ones(shape))
+    with pytest.raises(ValueError, match=r"decisions: expected shape \(S, B, K\) with S at least"):
+        engine.run_sets(make_images(CIFAR, 0), torch.ones(shape))
+
+
+def half_on_meta():
+    model, _ = make_model()
+    model.policy.to("meta")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        (nn.Linear(1, 1), {}, TypeError, "model: expected BlockDrop or ResNet, got Linear"),
+        (None, {}, TypeError, "model: expected BlockDrop or ResNet, got NoneType"),
+        (CIFAR, {"dtype": torch.int8}, TypeError, "dtype: expected one of .*, got torch.int8"),
+        (CIFAR, {"dtype": "float32"}, TypeError, "dtype: expected one of .*, got float32"),
+        (CIFAR, {"strategy": "run"}, ValueError, "strategy: expected 'auto', .* got 'run'"),
+        (CIFAR, {"strategy": None}, ValueError, "strategy: expected 'auto', .* got None"),
+        (
+            CIFAR,
+            {"strategy": "walk", "dtype": torch.float64},
+            TypeError,
+            "the walk supports torch.float32 only, got torch.float64",
+        ),
+        (BOTTLENECK, {"strategy": "walk"}, ValueError, "walk supports block 'basic' only, got 'b"),
+    ],
+)
+def test_compile_refuses(model, options, error, message):
+    model = make_network(model) if isinstance(model, ResNetConfig) else model
+    with pytest.raises(error, match=message):
+        bdf.compile(model, **options)
+
+
+def test_compile_refuses_models_without_values_or_on_two_devices():
+    with torch.device("meta"):
+        empty = resnet50()
+    with pytest.raises(ValueError, match="model: expected weights, those on the meta device"):
+        bdf.compile(empty)
+    with pytest.raises(ValueError, match=r"model: expected on one device, .* on cpu and meta"):
+        bdf.compile(half_on_meta())
+
+
+def test_failed_call_leaves_the_engine_usable(engine):
+    images = make_images(CIFAR, IMAGES)
+    decisions = make_decisions("random", IMAGES, CIFAR.num_blocks)
+    with pytest.raises(ValueError, match="decisions"):
+        engine.run(images, decisions[:1])
+    check(engine, engine.run(images, decisions), images, decisions)
