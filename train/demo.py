@@ -28,7 +28,7 @@ FULL, AUTHORS, OURS = "full ResNet-32", "BlockDrop, masked", "BlockDrop, skipped
 CONTENDERS = {
     FULL: ("eager", "PyTorch, batch norm folded, channels-last"),
     AUTHORS: ("authors", "the authors' way: compute, multiply by zero"),
-    OURS: ("auto", "this package: dropped blocks are not run"),
+    OURS: ("walk", "this package: dropped blocks are not run"),
 }
 
 
