@@ -478,6 +478,20 @@ def load(path: str | os.PathLike) -> BlockDrop:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def load_any(path: str | os.PathLike) -> BlockDrop | ResNet:
+    """Load what a file holds: a BlockDrop model, or a backbone where there is no policy network.
+
+    Raises:
+        OSError, CheckpointError: as of ``load`` and ``load_backbone``.
+    """
+    content, metadata = _read(Path(path))
+    if metadata is not None:
+        has_policy = metadata.get("policy") is not None
+    else:
+        has_policy = any(isinstance(content.get(entry), Mapping) for entry in _POLICY_ENTRIES)
+    return load(path) if has_policy else load_backbone(path)
+
+
 def save(model: BlockDrop | ResNet, path: str | os.PathLike) -> None:
     """Write a BlockDrop model or a bare backbone as safetensors, atomically.
 

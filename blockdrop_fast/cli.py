@@ -15,6 +15,8 @@ import blockdrop_fast
 # subcommand: its signature gives the options, its docstring their help.
 COMMANDS = {
     "info": ("blockdrop_fast.buildinfo", "what is installed, built and active, and why not"),
+    "evaluate": ("blockdrop_fast.evaluate_command", "accuracy, blocks and FLOPs on a data set"),
+    "visualize": ("blockdrop_fast.visualize", "a figure of which blocks are used for which images"),
     "benchmark": ("blockdrop_fast.benchmark", "milliseconds against the complete ResNet"),
 }
 TRACEBACK_VARIABLE = "BLOCKDROP_TRACEBACK"
