@@ -23,12 +23,15 @@ from train.finetune import finetune
 from train.loop import MODEL_FILE, STATE_FILE, evaluate_test, prepare
 from train.pretrain import pretrain
 
-FULL, AUTHORS, OURS = "full ResNet-32", "BlockDrop, masked", "BlockDrop, skipped"
-# Row of the table -> contender of blockdrop_fast.benchmark, and what the row says of it.
+FULL, FULL_ENGINE = "full, PyTorch", "full, this engine"
+AUTHORS, OURS = "BlockDrop, masked", "BlockDrop, skipped"
+# Row of the table -> contender of blockdrop_fast.benchmark (for the engine's strategy, which is
+# the walk wherever the extension was built), and what the row says of it.
 CONTENDERS = {
-    FULL: ("eager", "PyTorch, batch norm folded, channels-last"),
+    FULL: ("eager", "complete ResNet-32, batch norm folded, channels-last"),
+    FULL_ENGINE: ("{strategy}-all", "complete ResNet-32 in this package's engine ({strategy})"),
     AUTHORS: ("authors", "the authors' way: compute, multiply by zero"),
-    OURS: ("walk", "this package: dropped blocks are not run"),
+    OURS: ("{strategy}", "the same engine ({strategy}): dropped blocks are not run"),
 }
 
 
@@ -68,8 +71,8 @@ def demo(config: Demo) -> None:
         FULL: evaluate_test(full, dataset, config.workers),
         OURS: evaluate_test(model, dataset, config.workers),
     }
-    evaluations[AUTHORS] = evaluations[OURS]
-    lines, machine = _measure(config, checkpoint, evaluations)
+    evaluations |= {FULL_ENGINE: evaluations[FULL], AUTHORS: evaluations[OURS]}
+    lines, machine = _measure(config, checkpoint, model.strategy, evaluations)
     print("\n" + format_lines(lines, dataset.name))
     figure = config.out / "demo.png"
     draw(lines, evaluations[OURS], dataset.name, figure)
@@ -131,26 +134,25 @@ def _complete(stage: Pretrain | Curriculum | Finetune) -> bool:
 
 
 def _measure(
-    config: Demo, checkpoint: Path, evaluations: dict[str, Evaluation]
+    config: Demo, checkpoint: Path, strategy: str, evaluations: dict[str, Evaluation]
 ) -> tuple[list[Line], dict]:
     """Time the contenders, right logits first, on test images at the policy's decisions."""
     workload = benchmark.load_workload(checkpoint, max(config.batches), config.data)
+    contenders = {
+        name: contender.format(strategy=strategy) for name, (contender, _) in CONTENDERS.items()
+    }
     seconds: dict[str, dict[int, float]] = {name: {} for name in CONTENDERS}
     for batch in config.batches:
         measured = benchmark.measure(
-            workload,
-            batch,
-            [contender for contender, _ in CONTENDERS.values()],
-            rounds=7,
-            min_seconds=2.0,
+            workload, batch, list(contenders.values()), rounds=7, min_seconds=2.0
         )
         rows = {row.contender: row for row in measured.rows}
-        for name, (contender, _) in CONTENDERS.items():
+        for name, contender in contenders.items():
             seconds[name][batch] = rows[contender].seconds
     lines = [
         Line(
             name=name,
-            what=what,
+            what=what.format(strategy=strategy),
             accuracy=evaluations[name].accuracy,
             blocks=evaluations[name].block_usage,
             flops=evaluations[name].flops,
@@ -183,8 +185,8 @@ def format_lines(lines: list[Line], dataset: str) -> str:
 def draw(lines: list[Line], evaluation: Evaluation, dataset: str, path: Path) -> None:
     """The figure: milliseconds of each execution, and which blocks the images keep."""
     batches = list(lines[0].milliseconds)
-    figure, axes = plt.subplots(1, len(batches) + 1, figsize=(4 * len(batches) + 5, 4.2))
-    colours = ["#7a7f87", "#c9a227", "#2a7f62"]
+    figure, axes = plt.subplots(1, len(batches) + 1, figsize=(5 * len(batches) + 5, 4.2))
+    colours = ["#7a7f87", "#4f7cac", "#c9a227", "#2a7f62"]
     for axis, batch in zip(axes, batches, strict=False):
         values = [line.milliseconds[batch] for line in lines]
         axis.bar(range(len(lines)), values, color=colours, width=0.65)
