@@ -43,9 +43,7 @@ def test_inference(network, batch, contender, quick, once, report, benchmark):
     )
     measurement = once(
         (network, batch),
-        lambda: measure(
-            workload, batch, names, rounds=run.rounds, min_seconds=run.min_seconds
-        ),
+        lambda: measure(workload, batch, names, rounds=run.rounds, min_seconds=run.min_seconds),
     )
     if contender in measurement.unavailable:
         pytest.skip(measurement.unavailable[contender])

@@ -109,9 +109,7 @@ def _at_decisions(workload: Workload, _: Tensor, *, strategy: str) -> Call:
 def _all_kept(workload: Workload, images: Tensor, *, strategy: str) -> Call:
     """Our engine without a policy network, all blocks kept."""
     engine = workload.engine(strategy)
-    keep = torch.ones(
-        len(images), engine.config.num_blocks, dtype=torch.bool, device=images.device
-    )
+    keep = torch.ones(len(images), engine.config.num_blocks, dtype=torch.bool, device=images.device)
     return lambda images, _: engine.run(images, keep)
 
 
@@ -441,4 +439,3 @@ def command(
         content["rows"] = [asdict(row) for row in rows]
         with atomic_write(json) as path:
             path.write_text(json_module.dumps(content, indent=1))
-

@@ -25,9 +25,7 @@ def workload() -> benchmark.Workload:
     backbone = bdf.resnet_cifar(8)
     benchmark._settle(backbone)
     model = bdf.BlockDrop(backbone, bdf.policy_resnet8(3)).eval().requires_grad_(False)
-    return benchmark.Workload(
-        "resnet8", model, torch.randn(64, 3, 8, 8), torch.rand(64, 3) < 0.5
-    )
+    return benchmark.Workload("resnet8", model, torch.randn(64, 3, 8, 8), torch.rand(64, 3) < 0.5)
 
 
 def test_interleave_is_round_robin_with_one_sample_a_round():
@@ -132,9 +130,7 @@ def test_every_contender_gives_right_logits(workload, name):
     "backbone",
     [
         bdf.resnet_cifar(8, shortcut="subsample"),
-        bdf.ResNet(
-            bdf.ResNetConfig("bottleneck", (1, 1), (4, 8), "imagenet", "projection", 7)
-        ),
+        bdf.ResNet(bdf.ResNetConfig("bottleneck", (1, 1), (4, 8), "imagenet", "projection", 7)),
     ],
     ids=["subsample", "imagenet"],
 )
@@ -257,9 +253,7 @@ def test_command_on_a_checkpoint(workload, tmp_path, capsys):
     path = tmp_path / "small.safetensors"
     bdf.save(workload.model, path)
     out = tmp_path / "out.json"
-    benchmark.command(
-        str(path), batch=(32,), quick=True, contenders=("eager", "gather"), json=out
-    )
+    benchmark.command(str(path), batch=(32,), quick=True, contenders=("eager", "gather"), json=out)
     printed = capsys.readouterr().out
     assert "small" in printed
     assert "gather" in printed
