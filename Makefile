@@ -15,12 +15,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := $(VENV)/constraints.txt
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test bench lint format clean
+.PHONY: help install demo test sanitize bench lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 12
@@ -49,6 +51,15 @@ demo: install ## train a small BlockDrop on handwritten digits, show accuracy an
 
 test: install ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# The sanitizers' runtime has to be loaded before Python; libstdc++ with it, so that it finds the
+# function that throws exceptions. Python itself leaks at exit.
+sanitize: install ## run the C++ kernels' tests under AddressSanitizer and UBSan
+	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" BLOCKDROP_BUILD=cpu $(BIN)/python setup.py -q \
+	    build --build-base build/sanitize --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+	    $(BIN)/pytest tests/test_plan.py tests/test_walk.py $(PYTEST_FLAGS)
 
 bench: install ## run the quick benchmarks (BENCH_FLAGS= for all)
 	$(BIN)/python -m pytest benchmarks $(BENCH_FLAGS) $(PYTEST_FLAGS)
