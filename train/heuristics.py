@@ -7,6 +7,7 @@ import json
 import torch
 
 import blockdrop_fast as bdf
+from blockdrop_fast.checkpoints import load_any
 from blockdrop_fast.files import atomic_write
 from train.config import Heuristics
 from train.loop import evaluate_test, prepare
@@ -17,10 +18,7 @@ def heuristics(config: Heuristics) -> None:
     if config.model is None:
         raise ValueError("model: a BlockDrop or backbone checkpoint is required")
     device, dataset = prepare(config)
-    try:
-        model = bdf.load(config.model)
-    except bdf.CheckpointError:  # no policy network in it
-        model = bdf.load_backbone(config.model)
+    model = load_any(config.model)
     engine = bdf.compile(model.to(device, memory_format=torch.channels_last))
     segments = engine.config.layers
     rows = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blockdrop_fast.executors import layers
+from blockdrop_fast.executors.layers import Layers
 from blockdrop_fast.folding import FoldedNetwork
 
 
@@ -13,7 +13,7 @@ class DenseExecutor:
     """Computes all blocks for all images. Runs complete networks, such as the policy network."""
 
     def __init__(self, network: FoldedNetwork):
-        self.network = network
+        self._layers = Layers(network)
 
     def run(self, images: Tensor, decisions: Tensor | None = None) -> Tensor:
         """Execute all blocks, and mask.
@@ -25,15 +25,15 @@ class DenseExecutor:
         Returns:
             (B, num_classes) logits.
         """
-        x = layers.stem(self.network, images)
-        for k, block in enumerate(self.network.blocks):
-            shortcut = layers.shortcut(block, x)
-            kept = layers.residual(block, x).add_(shortcut).relu_()
+        x = self._layers.stem(images)
+        for k, block in enumerate(self._layers.blocks):
+            shortcut = block.shortcut(x)
+            kept = block.kept(x, shortcut)
             if decisions is None:
                 x = kept
             else:
                 x = torch.where(decisions[:, k, None, None, None], kept, shortcut)
-        return layers.classifier(self.network, x)
+        return self._layers.classifier(x)
 
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits; nothing is shared."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blockdrop_fast.executors import layers
-from blockdrop_fast.folding import FoldedBlock, FoldedNetwork
+from blockdrop_fast.executors.layers import Block, Layers
+from blockdrop_fast.folding import FoldedNetwork
 from blockdrop_fast.models import take_images
 from blockdrop_fast.plan import Plan, plan, plan_sets
 
@@ -19,39 +19,38 @@ class GatherExecutor:
     """
 
     def __init__(self, network: FoldedNetwork):
-        self.network = network
+        self._layers = Layers(network)
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images and their (B, K) bool decisions -> (B, num_classes) logits."""
         planned = plan(decisions)
-        x = layers.stem(self.network, images)
-        for k, block in enumerate(self.network.blocks):
+        x = self._layers.stem(images)
+        for k, block in enumerate(self._layers.blocks):
             x = _run_block(block, x, planned, k)
-        return layers.classifier(self.network, x)
+        return self._layers.classifier(x)
 
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits, prefixes shared."""
         planned = plan_sets(decisions)
-        x = layers.stem(self.network, images)
-        for k, block in enumerate(self.network.blocks):
+        x = self._layers.stem(images)
+        for k, block in enumerate(self._layers.blocks):
             parents = planned.fork_parents[k]
             if parents.numel():
                 x = torch.cat([x, take_images(x, parents)])
             x = _run_block(block, x, planned.plan, k)
-        return layers.classifier(self.network, x)[planned.rows]
+        return self._layers.classifier(x)[planned.rows]
 
 
-def _run_block(block: FoldedBlock, x: Tensor, plan: Plan, k: int) -> Tensor:
+def _run_block(block: Block, x: Tensor, plan: Plan, k: int) -> Tensor:
     """Block k on the active rows of x; x belongs to the caller no more (updated in place)."""
     count = plan.host_counts[k]
-    shortcut = layers.shortcut(block, x)
+    shortcut = block.shortcut(x)
     if count == 0:
         return shortcut
     if count == x.shape[0]:
-        return layers.residual(block, x).add_(shortcut).relu_()
+        return block.kept(x, shortcut)
     active = plan.active(k)
-    kept = layers.residual(block, take_images(x, active))
-    kept.add_(take_images(shortcut, active)).relu_()
+    kept = block.kept(take_images(x, active), take_images(shortcut, active))
     # The indices are unique, so a plain in-place store puts the rows back.
     shortcut.permute(0, 2, 3, 1).index_copy_(0, active.long(), kept.permute(0, 2, 3, 1))
     return shortcut

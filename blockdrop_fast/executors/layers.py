@@ -1,42 +1,108 @@
-"""The arithmetic that block-major executors share: folded convolutions in plain torch."""
+"""The arithmetic that block-major executors share: folded convolutions in torch.
+
+On a CPU, oneDNN's convolutions take weights packed in its own order and apply ReLU, or residual
+sum and ReLU, while a result is still in registers. torch offers them to its compiler only; where
+they are missing, and on other devices and precisions, plain ``conv2d`` computes the same.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockdrop_fast.folding import FoldedBlock, FoldedConv, FoldedNetwork
 
-
-def conv(x: Tensor, folded: FoldedConv) -> Tensor:
-    """Convolution with folded batch norm."""
-    return F.conv2d(x, folded.weight, folded.bias, folded.stride, folded.padding)
-
-
-def stem(network: FoldedNetwork, images: Tensor) -> Tensor:
-    """(B, 3, H, W) images -> (B, C, H', W') channels-last input of block 1, freshly allocated."""
-    x = conv(images.contiguous(memory_format=torch.channels_last), network.stem).relu_()
-    return F.max_pool2d(x, 3, 2, 1) if network.config.stem == "imagenet" else x
+_pack = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None)
+_fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+_HAS_FUSED = (
+    _pack is not None and hasattr(_fused, "binary") and torch.backends.mkldnn.is_available()
+)
 
 
-def residual(block: FoldedBlock, x: Tensor) -> Tensor:
-    """F_k(x), without shortcut and without the final ReLU; freshly allocated."""
-    *first, last = block.convs
-    for folded in first:
-        x = conv(x, folded).relu_()
-    return conv(x, last)
+class Conv:
+    """A folded convolution, with what follows it fused into it where torch can."""
+
+    def __init__(self, folded: FoldedConv):
+        self._bias = folded.bias
+        self._stride = [folded.stride, folded.stride]
+        self._padding = [folded.padding, folded.padding]
+        self._weight = folded.weight
+        self._is_packed = (
+            _HAS_FUSED and folded.weight.dtype == torch.float32 and folded.weight.is_cpu
+        )
+        if self._is_packed:
+            self._weight = _pack(folded.weight.to_mkldnn(), self._padding, self._stride, [1, 1], 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The convolution alone."""
+        if not self._is_packed:
+            return F.conv2d(x, self._weight, self._bias, self._stride, self._padding)
+        return self._call_fused(x, "none")
+
+    def relu(self, x: Tensor) -> Tensor:
+        """relu(conv(x))."""
+        if not self._is_packed:
+            return self(x).relu_()
+        return self._call_fused(x, "relu")
+
+    def add_relu(self, x: Tensor, other: Tensor) -> Tensor:
+        """relu(conv(x) + other); ``other`` stays as it is."""
+        if not self._is_packed:
+            return self(x).add_(other).relu_()
+        return _fused.binary(
+            x, other, self._weight, self._bias, self._padding, self._stride, [1, 1], 1,
+            "add", None, "relu", [], None,
+        )  # fmt: skip
+
+    def _call_fused(self, x: Tensor, activation: str) -> Tensor:
+        return _fused(
+            x, self._weight, self._bias, self._padding, self._stride, [1, 1], 1, activation, [], ""
+        )
 
 
-def shortcut(block: FoldedBlock, x: Tensor) -> Tensor:
-    """What F_k(x) is added to; x itself where the shortcut is the identity."""
-    if block.shortcut is None:
-        return x
-    if isinstance(block.shortcut, FoldedConv):
-        return conv(x, block.shortcut)
-    return block.shortcut(x).contiguous(memory_format=torch.channels_last)
+class Block:
+    """One residual block, ready to run."""
+
+    def __init__(self, folded: FoldedBlock):
+        self._convs = [Conv(conv) for conv in folded.convs]
+        self._shortcut: Conv | nn.Module | None = folded.shortcut
+        if isinstance(folded.shortcut, FoldedConv):
+            self._shortcut = Conv(folded.shortcut)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What F_k(x) is added to; x itself where the shortcut is the identity."""
+        if self._shortcut is None:
+            return x
+        if isinstance(self._shortcut, Conv):
+            return self._shortcut(x)
+        return self._shortcut(x).contiguous(memory_format=torch.channels_last)
+
+    def kept(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """relu(shortcut + F_k(x)), freshly allocated."""
+        *first, last = self._convs
+        for conv in first:
+            x = conv.relu(x)
+        return last.add_relu(x, shortcut)
 
 
-def classifier(network: FoldedNetwork, x: Tensor) -> Tensor:
-    """(B, C, H, W) output of block K -> (B, num_classes) logits."""
-    return F.linear(x.mean((2, 3)), network.fc_weight, network.fc_bias)
+class Layers:
+    """A folded network's parts, ready to run.
+
+    Attributes:
+        blocks: the K residual blocks.
+    """
+
+    def __init__(self, network: FoldedNetwork):
+        self._network = network
+        self._stem = Conv(network.stem)
+        self.blocks = [Block(block) for block in network.blocks]
+
+    def stem(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images -> (B, C, H', W') channels-last input of block 1, fresh."""
+        x = self._stem.relu(images.contiguous(memory_format=torch.channels_last))
+        return F.max_pool2d(x, 3, 2, 1) if self._network.config.stem == "imagenet" else x
+
+    def classifier(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) output of block K -> (B, num_classes) logits."""
+        return F.linear(x.mean((2, 3)), self._network.fc_weight, self._network.fc_bias)
