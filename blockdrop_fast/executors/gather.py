@@ -10,12 +10,17 @@ from blockdrop_fast.folding import FoldedNetwork
 from blockdrop_fast.models import take_images
 from blockdrop_fast.plan import Plan, plan, plan_sets
 
+# From this share of active rows on, copying them out and back costs more than computing the
+# dropped ones. Measured on a CPU for each stage of ResNet-50 and ResNet-20: gathering 7 of 8 rows
+# takes 0.84 to 1.21 of the time that all rows take, 6 of 8 takes 0.73 to 0.96.
+DENSE_SHARE = 0.875
+
 
 class GatherExecutor:
     """Gathers a block's active images, runs the block on them, puts the results back in place.
 
     A block that no image keeps costs nothing (a shape-changing shortcut still runs); one that
-    all images keep runs without gathering.
+    all images keep runs without gathering, and one that nearly all keep runs on all, masked.
     """
 
     def __init__(self, network: FoldedNetwork):
@@ -43,12 +48,15 @@ class GatherExecutor:
 
 def _run_block(block: Block, x: Tensor, plan: Plan, k: int) -> Tensor:
     """Block k on the active rows of x; x belongs to the caller no more (updated in place)."""
-    count = plan.host_counts[k]
+    count, rows = plan.host_counts[k], x.shape[0]
     shortcut = block.shortcut(x)
     if count == 0:
         return shortcut
-    if count == x.shape[0]:
+    if count == rows:
         return block.kept(x, shortcut)
+    if count >= DENSE_SHARE * rows:
+        keep = plan.decisions[:rows, k, None, None, None]
+        return torch.where(keep, block.kept(x, shortcut), shortcut)
     active = plan.active(k)
     kept = block.kept(take_images(x, active), take_images(shortcut, active))
     # The indices are unique, so a plain in-place store puts the rows back.
