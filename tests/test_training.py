@@ -1,6 +1,7 @@
 """The training stages end to end on a few digits: they learn, resume, and refuse to hide errors."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 import blockdrop_fast as bdf
 from train.config import PRESETS, STAGES, Curriculum, Finetune, Heuristics, Pretrain
 from train.curriculum import curriculum
-from train.finetune import finetune
+from train.finetune import distillation_loss, finetune
 from train.heuristics import heuristics
 from train.loop import NonFiniteLossError
 from train.pretrain import pretrain, stochastic_depth
@@ -92,6 +93,32 @@ def test_finetune_trains_both_networks(with_policy, tmp_path, bn, samples):
     assert "policy.network.conv1.weight" in changed
     statistics = {name for name in changed if "backbone" in name and "running" in name}
     assert bool(statistics) == (bn != "frozen")
+
+
+def test_finetune_with_a_teacher(with_policy, pretrained, tmp_path):
+    config = Finetune(
+        model=with_policy / "model.safetensors", epochs=1, bn="active", out=tmp_path / "one", **FEW
+    )
+    finetune(config)
+    taught = replace(
+        config, teacher=pretrained / "model.safetensors", distill=5.0, out=tmp_path / "two"
+    )
+    finetune(taught)
+    losses = [metrics(tmp_path / run)[0]["train_cross_entropy"] for run in ("one", "two")]
+    assert losses[1] > losses[0]  # the second term is counted
+    other = bdf.resnet_cifar(8, num_classes=3)
+    bdf.save(other, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="teacher"):
+        finetune(replace(taught, teacher=tmp_path / "other.safetensors", out=tmp_path / "three"))
+
+
+def test_distillation_loss_by_hand():
+    logits = torch.tensor([[0.0, 0.0]])
+    target = torch.tensor([[2.0, 0.0]])
+    p = torch.softmax(target / 2, 1)
+    expected = 4 * (p * (p.log() - math.log(0.5))).sum()
+    assert distillation_loss(logits, target, 2.0).item() == pytest.approx(expected.item())
+    assert distillation_loss(target, target, 2.0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_finetune_of_the_authors_takes_one_sample(with_policy, tmp_path):

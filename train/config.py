@@ -121,6 +121,13 @@ class Finetune(Policy):
     bn: Literal["all", "active", "frozen"] = "all"
     """Batch-norm statistics of a block cover all images of the batch (the authors' code; dropped
     blocks are computed, so nothing is saved), its active images only, or stay as they are."""
+    teacher: Path | None = None
+    """Backbone checkpoint whose logits, all blocks kept, the sampled pass also learns to match
+    (distillation; not in the paper)."""
+    distill: float = 1.0
+    """With --teacher: weight of that loss beside the cross entropy."""
+    temperature: float = 2.0
+    """With --teacher: softening of both logits."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from train.loop import (
     autocast,
     evaluate_test,
     evaluation_metrics,
+    normalization_of,
     prepare,
     sampling_generator,
 )
@@ -43,6 +44,7 @@ def finetune(config: Finetune) -> None:
     run = Run(config, model, optimizers, schedulers)
     rewards_of = _masked_rewards if config.bn == "all" else _engine_rewards
     engine = bdf.compile(model)
+    teacher = _load_teacher(config, model, device)
     for epoch in run.epochs():
         means, statistics = Means(), PolicyStatistics()
         generator = sampling_generator(config.seed, epoch, device)
@@ -59,6 +61,10 @@ def finetune(config: Finetune) -> None:
                     engine.refresh()
                 logits, correct = rewards_of(model, engine, images, labels, decisions)
                 classification = F.cross_entropy(logits, labels)
+                if teacher is not None:
+                    classification = classification + config.distill * distillation_loss(
+                        logits, teacher(images).logits, config.temperature
+                    )
             rewards = reward(correct, decisions, config.penalty)
             advantage = advantages(rewards[1:], rewards[0], config.baseline)
             loss = policy_gradient_loss(exploring, sampled, advantage, 0) + classification
@@ -115,6 +121,22 @@ def _engine_rewards(
     return model.backbone(images, decisions[1], active_only=True), correct
 
 
+def distillation_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Mean over images of T^2 KL(softmax(target / T) || softmax(logits / T)) (Hinton et al. 2015).
+
+    Args:
+        logits: (B, C), with gradient.
+        target: (B, C), the teacher's.
+        temperature: T.
+    """
+    return temperature**2 * F.kl_div(
+        F.log_softmax(logits / temperature, 1),
+        F.log_softmax(target / temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
 def freeze_batch_norm(network: nn.Module) -> None:
     """Batch norm with running statistics that stay as they are; its weights still train."""
     for module in network.modules():
@@ -141,3 +163,22 @@ def _load_model(config: Finetune) -> bdf.BlockDrop:
             "pass updates the batch-norm statistics: it takes 1 (or use --bn active)"
         )
     return bdf.load(config.model).requires_grad_(True)
+
+
+def _load_teacher(
+    config: Finetune, model: bdf.BlockDrop, device: torch.device
+) -> bdf.Engine | None:
+    if config.teacher is None:
+        return None
+    teacher = bdf.load_backbone(config.teacher)
+    classes = teacher.config.num_classes, model.backbone.config.num_classes
+    if classes[0] != classes[1]:
+        raise ValueError(
+            f"teacher: {config.teacher} has {classes[0]} classes, the model has {classes[1]}"
+        )
+    if normalization_of(teacher) != normalization_of(model):
+        raise ValueError(
+            f"teacher: {config.teacher} expects images normalised by "
+            f"{normalization_of(teacher)}, the model by {normalization_of(model)}"
+        )
+    return bdf.compile(teacher.to(device))
