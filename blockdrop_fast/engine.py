@@ -75,13 +75,14 @@ class Engine:
         else:
             self._executor = EXECUTORS[self._asked](network)
             self.strategy, self.strategy_reason = self._asked, "asked for"
-        self._policy = None
+        self._policy, self._decides_itself = None, False
         if isinstance(self.model, BlockDrop):
             self._policy_pool = self.model.policy.input_pool
             policy = fold_network(self.model.policy.network, self.dtype)
             # The policy network runs complete: by the walk where that serves it, else densely.
             if self.strategy == "walk":
                 self._policy, _ = _walk_or(DenseExecutor, policy)
+                self._decides_itself = self._policy_pool == 1 and _accepts(self._executor, policy)
             else:
                 self._policy = DenseExecutor(policy)
             self._policy_config = policy.config
@@ -105,6 +106,9 @@ class Engine:
             TypeError, ValueError: see ``blockdrop_fast.decisions.check_images``.
         """
         self._check(images)
+        if self._decides_itself:
+            logits, decisions, _ = self._executor.run_policy(images)
+            return Output(logits, decisions)
         decisions = self._decide(images)
         return Output(self._execute(images, decisions), decisions)
 
@@ -228,6 +232,15 @@ def _walk_or(
         return WalkExecutor(network), "the fastest for this network on a CPU"
     except (TypeError, ValueError) as error:
         return other(network), str(error)
+
+
+def _accepts(executor: WalkExecutor, policy: FoldedNetwork) -> bool:
+    """Whether the walk can run this policy network itself, in one call with the backbone."""
+    try:
+        executor.set_policy(policy)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def compile(

@@ -30,18 +30,7 @@ class WalkExecutor:
     """
 
     def __init__(self, network: FoldedNetwork, policy: FoldedNetwork | None = None):
-        for name, one in (("network", network), ("policy", policy)):
-            if one is not None:
-                _check_supported(name, one)
-        if policy is not None and policy.config.shortcut != "average_pool":
-            raise ValueError(
-                f"policy: expected shortcut 'average_pool', got {policy.config.shortcut!r}"
-            )
-        if policy is not None and policy.config.num_classes != network.config.num_blocks:
-            raise ValueError(
-                f"policy: decides on {policy.config.num_classes} blocks, "
-                f"but the network has {network.config.num_blocks}"
-            )
+        _check_supported("network", network)
         config = network.config
         self._network = (
             _pack(network),
@@ -49,7 +38,27 @@ class WalkExecutor:
             config.num_classes,
             config.shortcut == "subsample",
         )
-        self._policy = None if policy is None else (_pack(policy), policy.config.layers)
+        self._num_blocks = config.num_blocks
+        self._policy = None
+        if policy is not None:
+            self.set_policy(policy)
+
+    def set_policy(self, policy: FoldedNetwork) -> None:
+        """Take ``policy`` as the network that ``run_policy`` decides by.
+
+        Raises:
+            TypeError, ValueError: as of the constructor.
+        """
+        _check_supported("policy", policy)
+        config = policy.config
+        if config.shortcut != "average_pool":
+            raise ValueError(f"policy: expected shortcut 'average_pool', got {config.shortcut!r}")
+        if config.num_classes != self._num_blocks:
+            raise ValueError(
+                f"policy: decides on {config.num_classes} blocks, "
+                f"but the network has {self._num_blocks}"
+            )
+        self._policy = (_pack(policy), config.layers)
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """Execute decisions from anywhere.

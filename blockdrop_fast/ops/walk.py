@@ -155,7 +155,7 @@ def walk_reference(
     for segment, num_blocks in enumerate(layers):
         for index in range(num_blocks):
             stride = 2 if segment > 0 and index == 0 else 1
-            shortcut = _shortcut(x, subsample) if stride == 2 else x
+            shortcut = shape_changing_shortcut(x, subsample) if stride == 2 else x
             hidden = F.relu(F.conv2d(x, *next(parts), stride=stride, padding=1))
             kept = F.relu(F.conv2d(hidden, *next(parts), padding=1) + shortcut)
             x = torch.where(decisions[:, block, None, None, None], kept, shortcut)
@@ -177,12 +177,13 @@ def walk_policy_reference(
     policy_logits = walk_reference(
         images, keep_all, policy_weights, policy_layers, sum(layers), False
     )
-    decisions = policy_logits >= 0
+    decisions = policy_logits.sigmoid() >= 0.5
     logits = walk_reference(images, decisions, weights, layers, num_classes, subsample)
     return logits, decisions, policy_logits
 
 
-def _shortcut(x: Tensor, subsample: bool) -> Tensor:
+def shape_changing_shortcut(x: Tensor, subsample: bool) -> Tensor:
+    """(B, C, H, W) -> (B, 2 C, H / 2, W / 2), of either kind; see ``walk``."""
     extra = x.shape[1]
     if subsample:
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra // 2, extra // 2))
@@ -192,6 +193,11 @@ def _shortcut(x: Tensor, subsample: bool) -> Tensor:
 def _shapes(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(C_in, C_out) of the stem and of the blocks' convolutions, in order."""
     yield 3, WIDTHS[0]
+    yield from residual_shapes(layers)
+
+
+def residual_shapes(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(C_in, C_out) of the blocks' convolutions, in order."""
     channels = WIDTHS[0]
     for width, num_blocks in zip(WIDTHS, layers, strict=True):
         for _ in range(num_blocks):

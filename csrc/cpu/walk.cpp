@@ -12,6 +12,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ge.h>
+#include <ATen/ops/sigmoid.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -612,7 +613,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_policy(const at::Tensor& ima
   all_blocks.fill_(true);
   const at::Tensor policy_logits = run_network(policy, batch, all_blocks).squeeze(0);
   // sigmoid(logit) >= 0.5
-  const at::Tensor decisions = at::ge(policy_logits, 0);
+  const at::Tensor decisions = at::ge(at::sigmoid(policy_logits), 0.5);
   return {run_network(network, batch, decisions.unsqueeze(0)).squeeze(0), decisions, policy_logits};
 }
 
