@@ -2,7 +2,7 @@
 
 from blockdrop_fast import heuristics
 from blockdrop_fast.blockdrop import BlockDrop, Output
-from blockdrop_fast.checkpoints import CheckpointError, load, load_backbone, save
+from blockdrop_fast.checkpoints import CheckpointError, load, load_backbone, pretrained, save
 from blockdrop_fast.engine import Engine, compile
 from blockdrop_fast.evaluation import Evaluation, evaluate
 from blockdrop_fast.flops import flops
@@ -39,6 +39,7 @@ __all__ = [
     "load_backbone",
     "policy_resnet8",
     "policy_resnet10",
+    "pretrained",
     "resnet32",
     "resnet50",
     "resnet101",

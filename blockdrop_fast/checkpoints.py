@@ -34,6 +34,8 @@ from blockdrop_fast.policy import PolicyNetwork
 FORMAT_VERSION = 1
 _METADATA_KEY = "blockdrop_fast"
 
+PRETRAINED = Path(__file__).with_name("pretrained")
+
 Tensors = dict[str, Tensor]
 
 
@@ -313,6 +315,18 @@ def _own_part(tensors: Tensors, prefix: str) -> Tensors:
 # ------------------------------------------------------------------ public
 
 
+def _locate(path: str | os.PathLike) -> Path:
+    """The file of a path, or of the name of a model that comes with the package."""
+    path = Path(path)
+    shipped = PRETRAINED / f"{path}.safetensors"
+    return shipped if not path.exists() and str(path) in pretrained() else path
+
+
+def pretrained() -> tuple[str, ...]:
+    """Names of the models that come with the package; ``load`` and ``load_backbone`` take them."""
+    return tuple(sorted(path.stem for path in PRETRAINED.glob("*.safetensors")))
+
+
 def load_backbone(
     path: str | os.PathLike,
     *,
@@ -329,7 +343,8 @@ def load_backbone(
     ``weights_only=True``.
 
     Args:
-        path: the file; its content, not its name, tells the format.
+        path: the file, whose content, not its name, tells the format; or one of the names of
+            ``pretrained()``.
         layers: expected blocks of each segment.
         shortcut: which of the two CIFAR shortcuts without parameters, which weights do not
             tell. Default: "subsample" if the classifier is called ``linear``, else
@@ -347,7 +362,7 @@ def load_backbone(
         CheckpointError: it is no checkpoint, unsafe, damaged, of another architecture, or
             contradicts an argument.
     """
-    path = Path(path)
+    path = _locate(path)
     content, metadata = _read(path)
     overrides = {"layers": layers, "shortcut": shortcut, "num_classes": num_classes}
     if metadata is not None:
@@ -413,7 +428,7 @@ def load_policy(path: str | os.PathLike) -> PolicyNetwork:
     Raises:
         OSError, CheckpointError: as of ``load_backbone``.
     """
-    path = Path(path)
+    path = _locate(path)
     content, metadata = _read(path)
     if metadata is not None:
         return _own_policy(content, metadata, path)
@@ -455,11 +470,14 @@ def _own_policy(tensors: Tensors, metadata: Mapping, path: Path) -> PolicyNetwor
 def load(path: str | os.PathLike) -> BlockDrop:
     """Load backbone and policy network from one of our files or the authors' ``.t7`` files.
 
+    Args:
+        path: a file, or one of the names of ``pretrained()``.
+
     Raises:
         OSError, CheckpointError: as of ``load_backbone``; also if one of the networks is
             absent, or they are of different numbers of blocks.
     """
-    path = Path(path)
+    path = _locate(path)
     content, metadata = _read(path)
     if metadata is not None:
         policy = _own_policy(content, metadata, path)
@@ -484,7 +502,7 @@ def load_any(path: str | os.PathLike) -> BlockDrop | ResNet:
     Raises:
         OSError, CheckpointError: as of ``load`` and ``load_backbone``.
     """
-    content, metadata = _read(Path(path))
+    content, metadata = _read(_locate(path))
     if metadata is not None:
         has_policy = metadata.get("policy") is not None
     else:
