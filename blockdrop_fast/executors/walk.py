@@ -50,15 +50,8 @@ class WalkExecutor:
             TypeError, ValueError: as of the constructor.
         """
         _check_supported("policy", policy)
-        config = policy.config
-        if config.shortcut != "average_pool":
-            raise ValueError(f"policy: expected shortcut 'average_pool', got {config.shortcut!r}")
-        if config.num_classes != self._num_blocks:
-            raise ValueError(
-                f"policy: decides on {config.num_classes} blocks, "
-                f"but the network has {self._num_blocks}"
-            )
-        self._policy = (_pack(policy), config.layers)
+        check_policy(policy, self._num_blocks)
+        self._policy = (_pack(policy), policy.config.layers)
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """Execute decisions from anywhere.
@@ -90,8 +83,9 @@ class WalkExecutor:
         return walk_policy(images, *self._network, *self._policy)
 
 
-def _check_supported(name: str, network: FoldedNetwork) -> None:
-    config, weight = network.config, network.stem.weight
+def check_architecture(name: str, network: FoldedNetwork) -> None:
+    """Raise ValueError unless a walk can run the network; ``name`` is the argument's."""
+    config = network.config
     expectations = (
         ("block", config.block, "basic"),
         ("stem", config.stem, "cifar"),
@@ -105,6 +99,22 @@ def _check_supported(name: str, network: FoldedNetwork) -> None:
             f"{name}: the walk supports shortcuts 'average_pool' and 'subsample' only, "
             "got 'projection'"
         )
+
+
+def check_policy(policy: FoldedNetwork, num_blocks: int) -> None:
+    """Raise ValueError unless a policy network that a walk can run decides on ``num_blocks``."""
+    config = policy.config
+    if config.shortcut != "average_pool":
+        raise ValueError(f"policy: expected shortcut 'average_pool', got {config.shortcut!r}")
+    if config.num_classes != num_blocks:
+        raise ValueError(
+            f"policy: decides on {config.num_classes} blocks, but the network has {num_blocks}"
+        )
+
+
+def _check_supported(name: str, network: FoldedNetwork) -> None:
+    check_architecture(name, network)
+    weight = network.stem.weight
     if weight.dtype != torch.float32:
         raise TypeError(f"{name}: the walk supports torch.float32 only, got {weight.dtype}")
     if weight.device.type != "cpu":

@@ -13,11 +13,21 @@ from blockdrop_fast.ops.walk import (
     walk_policy_reference,
     walk_reference,
 )
+from blockdrop_fast.ops.walk_half import (
+    walk_half,
+    walk_half_policy,
+    walk_half_policy_reference,
+    walk_half_reference,
+)
 
 __all__ = [
     "plan",
     "plan_reference",
     "walk",
+    "walk_half",
+    "walk_half_policy",
+    "walk_half_policy_reference",
+    "walk_half_reference",
     "walk_isa",
     "walk_policy",
     "walk_policy_reference",

@@ -1,0 +1,169 @@
+// What the kernels use of a GPU beyond plain C++: who a thread is, shared memory, warp-wide
+// instructions. Kernels include it as "cuda/simt.cuh"; the tests put tests/simt/cuda/simt.cuh in
+// its place, which does the same on a CPU, so that the kernels' own code runs there.
+//
+// Shared memory is addressed by byte offsets from its start, only through the functions here.
+
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define BLOCKDROP_DEVICE __device__ __forceinline__
+
+namespace blockdrop::simt {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasStmatrix = false;
+#else
+constexpr bool kHasStmatrix = true;
+#endif
+
+constexpr int kLanes = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The same value, of which the compiler knows nothing: what is computed from it stays where it is
+// written. Otherwise all addresses of a persistent kernel are computed once, before its loops, and
+// wait in registers that there are not.
+BLOCKDROP_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+BLOCKDROP_DEVICE int thread_index() { return opaque(threadIdx.x); }
+BLOCKDROP_DEVICE int warp_index() { return thread_index() / kLanes; }
+BLOCKDROP_DEVICE int lane_index() { return thread_index() % kLanes; }
+BLOCKDROP_DEVICE int block_index() { return blockIdx.x; }
+BLOCKDROP_DEVICE int num_thread_blocks() { return gridDim.x; }
+BLOCKDROP_DEVICE void sync_threads() { __syncthreads(); }
+
+BLOCKDROP_DEVICE unsigned ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
+BLOCKDROP_DEVICE uint32_t shuffle(uint32_t value, int lane) {
+  return __shfl_sync(kAllLanes, value, lane);
+}
+BLOCKDROP_DEVICE int first_bit(uint32_t word) { return __ffs(static_cast<int>(word)) - 1; }
+BLOCKDROP_DEVICE int take_ticket(int* counter) { return atomicAdd(counter, 1); }
+
+template <typename T>
+BLOCKDROP_DEVICE T load_global(const T* pointer) {
+  return __ldg(pointer);
+}
+
+// ------------------------------------------------------------------ shared memory
+
+BLOCKDROP_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+BLOCKDROP_DEVICE uint32_t shared_address(uint32_t offset) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory())) + offset;
+}
+template <typename T>
+BLOCKDROP_DEVICE T load_shared(uint32_t offset) {
+  return *reinterpret_cast<const T*>(shared_memory() + offset);
+}
+template <typename T>
+BLOCKDROP_DEVICE void store_shared(uint32_t offset, T value) {
+  *reinterpret_cast<T*>(shared_memory() + offset) = value;
+}
+
+// Starts to copy 16 bytes from global to shared memory, past the L1 cache.
+BLOCKDROP_DEVICE void copy_async(uint32_t offset, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(offset)),
+               "l"(source)
+               : "memory");
+}
+// Waits for all copies that this thread started. Others see them after the next barrier.
+BLOCKDROP_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// ------------------------------------------------------------------ 8x8 matrices of 16-bit values
+//
+// Row i of matrix j is the 16 bytes at the offset that lane 8 * j + i gives. In registers a lane
+// holds of each matrix two neighbouring values of row lane / 4, columns 2 * (lane % 4) and the
+// next; transposed, of that column.
+
+BLOCKDROP_DEVICE void load_matrices(uint32_t (&r)[2], uint32_t offset) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(offset))
+               : "memory");
+}
+BLOCKDROP_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t offset) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(offset))
+               : "memory");
+}
+BLOCKDROP_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t offset) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(offset))
+               : "memory");
+}
+// Needs kHasStmatrix.
+BLOCKDROP_DEVICE void stmatrix_transposed(uint32_t offset, const uint32_t (&r)[4]) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(offset)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#endif
+}
+// Transposes a matrix that is spread over the registers of a warp.
+BLOCKDROP_DEVICE uint32_t transpose_matrix(uint32_t r) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(r));
+  return transposed;
+}
+
+// ------------------------------------------------------------------ 16-bit formats
+//
+// pack and pack_relu round two floats to nearest, `low` into the lower half; NaN stays NaN.
+// multiply adds to c the product of a 16x16 matrix a (row-major fragments) and a 16x8 matrix b.
+
+struct Bfloat16 {
+  static BLOCKDROP_DEVICE float2 unpack(uint32_t pair) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  }
+  static BLOCKDROP_DEVICE uint32_t pack(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+  static BLOCKDROP_DEVICE uint32_t pack_relu(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+  static BLOCKDROP_DEVICE void multiply(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+  }
+};
+
+struct Float16 {
+  static BLOCKDROP_DEVICE float2 unpack(uint32_t pair) {
+    return {__half2float(__ushort_as_half(static_cast<unsigned short>(pair))),
+            __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)))};
+  }
+  static BLOCKDROP_DEVICE uint32_t pack(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+  static BLOCKDROP_DEVICE uint32_t pack_relu(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+  static BLOCKDROP_DEVICE void multiply(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+  }
+};
+
+}  // namespace blockdrop::simt

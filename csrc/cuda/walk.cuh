@@ -1,0 +1,543 @@
+// Device code of the CUDA walk: one thread block carries one CIFAR image at a time through the
+// stem, its active blocks and the classifier, all activations in shared memory. walk.cu has the
+// kernel, its budget and the operators; blockdrop_fast/ops/walk_half.py the packing of weights.
+//
+// Activations: [height + 2, width + 1, channels] of 16-bit values, plus one pixel: a border of
+// zeros on each side, where a row's right border is the next row's left one.
+//
+// Convolutions are matrix products, output channels x pixels: a warp computes 16 channels of four
+// rows. For each of the nine taps it multiplies 16x16 weights by 16 input channels of 8 pixels.
+//
+// Weights come in slices, the part of a convolution for 16 input channels: the bias, then for
+// every 16 output channels and tap the matrix fragment of each lane. Slices pass through a ring
+// of two buffers; while one is used, the next one that this image needs is on its way.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/simt.cuh"
+
+namespace blockdrop::walk_half {
+
+using namespace simt;
+
+constexpr int kSegments = 3;
+constexpr int kImageSize = 32;
+constexpr int kImageChannels = 3;
+constexpr int64_t kImageValues = kImageChannels * kImageSize * kImageSize;
+constexpr int kFeatures = 64;  // channels of the last segment
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kLanes;
+constexpr int kTile = 16;  // channels of a matrix product, in and out
+constexpr int kChunk = 8;  // channels in 16 bytes, what ldmatrix reads of a pixel
+constexpr int kChunkBytes = 16;
+constexpr int kTaps = 9;
+constexpr int kRowsPerWarp = 4;
+constexpr int kPixelsPerTile = 8;
+constexpr int kRingBuffers = 2;
+
+// ------------------------------------------------------------------ what the host passes
+
+struct Network {
+  const unsigned char* weights;  // slices of the stem and of the blocks, in order
+  const float* classifier;       // [num_classes] bias, then [64, num_classes]
+  int layers[kSegments];
+  int num_classes;
+  bool subsample;
+};
+
+// A path is an image with a set of decisions; path p is of image p % num_images.
+struct Paths {
+  const uint16_t* images;  // [num_images, 3, 32, 32]
+  const bool* given;       // [num_paths, num_blocks] decisions, or null: the policy decides
+  const int* order;        // [num_paths] which path is taken when, or null: in order
+  int* queue;              // zero, if there are more paths than thread blocks
+  int64_t num_images, num_paths;
+  int num_blocks;
+  Network backbone, policy;
+  float* logits;         // [num_paths, num_classes]
+  bool* decisions;       // [num_paths, num_blocks] what the policy decided; null if given
+  float* policy_logits;  // [num_paths, num_blocks]; null if given
+};
+
+// ------------------------------------------------------------------ shared memory
+
+template <int kChannels>
+struct Layout {
+  static constexpr int kSize = kImageSize * kTile / kChannels;  // height and width
+  static constexpr int kStride = kSize + 1;                     // pixels from row to row
+  static constexpr int kPixels = (kSize + 2) * kStride + 1;
+  static constexpr int kBytes = kPixels * kChannels * 2;
+  static constexpr int kPixelTiles = kSize / kPixelsPerTile;  // in a row
+  static constexpr int kChannelTiles = kChannels / kTile;
+  static constexpr int kSliceBytes = kChannelTiles * (kTile * 4 + kTaps * kLanes * 16);
+  static_assert(kChannelTiles * (kSize / kRowsPerWarp) == kWarps);
+
+  // Where chunk `chunk` of pixel `pixel` (counted from the top left of the border) lies. The
+  // chunks of 8 neighbouring pixels are permuted so that they lie in different banks; eight
+  // pixels on, everything repeats.
+  static BLOCKDROP_DEVICE uint32_t offset(int pixel, int chunk) {
+    constexpr int kChunks = kChannels / kChunk;
+    const int permutation = pixel / (kChunk / kChunks) % kChunks;
+    return static_cast<uint32_t>((pixel * kChunks + (chunk ^ permutation)) * kChunkBytes);
+  }
+  static BLOCKDROP_DEVICE int pixel(int row, int column) {
+    return (row + 1) * kStride + column + 1;
+  }
+};
+
+// Two activations, x and what is hidden inside a residual block, and the ring. Each segment has
+// its own arrangement of the same memory; x is at its start in all of them, so that a
+// shape-changing shortcut works in place.
+constexpr uint32_t kX = 0;
+constexpr uint32_t kWorkBytes = 2 * Layout<16>::kBytes + kRingBuffers * Layout<16>::kSliceBytes;
+template <int kChannels>
+constexpr uint32_t kHidden = Layout<(kChannels > kTile ? kChannels / 2 : kTile)>::kBytes;
+template <int kChannels>
+constexpr uint32_t kRing = kWorkBytes - kRingBuffers * Layout<kChannels>::kSliceBytes;
+static_assert(kHidden<16> + Layout<16>::kBytes <= kRing<16>);
+static_assert(kHidden<32> + Layout<32>::kBytes <= kRing<32>);
+static_assert(kHidden<64> + Layout<64>::kBytes <= kRing<64>);
+static_assert(kHidden<16> % 16 == 0 && kHidden<32> % 16 == 0 && kHidden<64> % 16 == 0);
+static_assert(kRing<16> % 16 == 0 && kRing<32> % 16 == 0 && kRing<64> % 16 == 0);
+// The classifier's sums use what is hidden in segment 3.
+constexpr uint32_t kSums = kHidden<64>;
+constexpr uint32_t kTurn = kWorkBytes;      // an int: which path is on
+constexpr uint32_t kKeep = kWorkBytes + 4;  // a bit for each block of the network that runs
+
+inline uint32_t shared_bytes(const Paths& paths) {
+  const auto words = [](const Network& network) {
+    return (network.layers[0] + network.layers[1] + network.layers[2] + kLanes - 1) / kLanes;
+  };
+  const int backbone = words(paths.backbone), policy = words(paths.policy);
+  return kKeep + 4 * (backbone > policy ? backbone : policy);
+}
+
+// ------------------------------------------------------------------ decisions
+
+// The first kept block in [block, end), or end.
+BLOCKDROP_DEVICE int next_kept(int block, int end) {
+  while (block < end) {
+    const uint32_t word = load_shared<uint32_t>(kKeep + block / kLanes * 4) >> block % kLanes;
+    if (word != 0) {
+      block += first_bit(word);
+      return block < end ? block : end;
+    }
+    block = (block / kLanes + 1) * kLanes;
+  }
+  return end;
+}
+
+// Sets the bit of each block for which keeps(block) is true, 32 blocks a warp.
+template <typename Keeps>
+BLOCKDROP_DEVICE void set_kept(int num_blocks, Keeps keeps) {
+  for (int first = warp_index() * kLanes; first < num_blocks; first += kThreads) {
+    const int block = first + lane_index();
+    const unsigned word = ballot(block < num_blocks && keeps(block));
+    if (lane_index() == 0) store_shared<uint32_t>(kKeep + first / kLanes * 4, word);
+  }
+}
+
+// ------------------------------------------------------------------ weights
+
+// The slices that one image needs in one segment, in order.
+template <int kChannels>
+class WeightStream {
+ public:
+  // Starts to copy the first slice; the ring must be free. `weights` is the segment's first slice,
+  // its blocks are [first_block, end_block) of the network.
+  BLOCKDROP_DEVICE WeightStream(const unsigned char* weights, int first_block, int end_block)
+      : weights_(weights),
+        first_block_(first_block),
+        end_block_(end_block),
+        block_(first_block - 1),
+        next_(0),
+        stop_(kStemSlices),
+        buffer_(0) {
+    start_copy();
+  }
+
+  // Waits for the next slice and returns where it is; starts to copy the one after it. A barrier:
+  // what any thread has written to shared memory before, all see after.
+  BLOCKDROP_DEVICE uint32_t advance() {
+    wait_for_copies();
+    sync_threads();
+    const uint32_t slice = kRing<kChannels> + buffer_;
+    buffer_ ^= kSliceBytes;
+    start_copy();
+    return slice;
+  }
+
+ private:
+  static constexpr uint32_t kSliceBytes = Layout<kChannels>::kSliceBytes;
+  static constexpr int kBlockSlices = 2 * Layout<kChannels>::kChannelTiles;
+  static constexpr int kStemSlices = kChannels == kTile ? 1 : 0;
+  // The first block of later segments has half of the input channels in its first convolution.
+  static constexpr int kMissingSlices =
+      kChannels == kTile ? 0 : Layout<kChannels>::kChannelTiles / 2;
+
+  BLOCKDROP_DEVICE void start_copy() {
+    if (next_ == stop_) {
+      const int block = next_kept(block_ + 1, end_block_);
+      if (block == end_block_) return;
+      block_ = block;
+      stop_ = kStemSlices - kMissingSlices + (block - first_block_ + 1) * kBlockSlices;
+      next_ = stop_ > kBlockSlices ? stop_ - kBlockSlices : 0;
+    }
+    const unsigned char* source = weights_ + static_cast<size_t>(next_) * kSliceBytes;
+    const uint32_t target = kRing<kChannels> + buffer_;
+    for (uint32_t i = thread_index() * 16; i < kSliceBytes; i += kThreads * 16) {
+      copy_async(target + i, source + i);
+    }
+    ++next_;
+  }
+
+  const unsigned char* weights_;
+  int first_block_, end_block_;
+  int block_;        // whose slices are being copied
+  int next_, stop_;  // the slice to copy next, the end of the block's slices
+  uint32_t buffer_;  // byte offset in the ring: copied into last, used next
+};
+
+// ------------------------------------------------------------------ convolution
+
+// Stores four 8x8 matrices, transposed: see load_matrices for `offset`.
+BLOCKDROP_DEVICE void store_matrices_transposed(uint32_t offset, const uint32_t (&r)[4]) {
+  if constexpr (kHasStmatrix) {
+    stmatrix_transposed(offset, r);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t row = shuffle(offset, j * 8 + lane_index() / 4);
+      store_shared<uint32_t>(row + lane_index() % 4 * 4, transpose_matrix(r[j]));
+    }
+  }
+}
+
+// What a thread's warp computes of a convolution.
+template <int kChannels>
+struct WarpPart {
+  int lane = lane_index();
+  int channel_tile = warp_index() % Layout<kChannels>::kChannelTiles;
+  int first_row = warp_index() / Layout<kChannels>::kChannelTiles * kRowsPerWarp;
+};
+
+// Adds to `sums` what one slice of weights and 16 input channels contribute to tiles of 8 pixels,
+// [first_tile, first_tile + kTiles), in four rows.
+template <typename Format, int kIn, int kOut, int kTiles>
+BLOCKDROP_DEVICE void multiply_slice(float (&sums)[kRowsPerWarp][kTiles][4], uint32_t input,
+                                     uint32_t slice, int slice_index, int first_tile) {
+  using In = Layout<kIn>;
+  constexpr int kStride = kOut / kIn;
+  const auto [lane, channel_tile, first_row] = WarpPart<kOut>();
+  const uint32_t fragments =
+      slice + kOut * 4 + (channel_tile * kTaps * kLanes + lane) * sizeof(uint4);
+  // Lanes 0-7 and 8-15 point at the two chunks of 8 pixels, lanes 16-31 at the next 8 pixels.
+  const int lane_pixel = first_tile * kPixelsPerTile + lane % 8 + lane / 16 * kPixelsPerTile;
+  const int lane_chunk = slice_index * (kTile / kChunk) + lane / 8 % 2;
+#pragma unroll
+  for (int dx = 0; dx < 3; ++dx) {
+    uint4 taps[3];
+#pragma unroll
+    for (int dy = 0; dy < 3; ++dy) {
+      taps[dy] = load_shared<uint4>(fragments + (dy * 3 + dx) * kLanes * sizeof(uint4));
+    }
+    // Each row of the input is loaded once and serves all rows of the output that it touches.
+#pragma unroll
+    for (int in_row = 0; in_row < kStride * (kRowsPerWarp - 1) + 3; ++in_row) {
+      const int pixel = In::pixel(kStride * first_row + in_row - 1, kStride * lane_pixel + dx - 1);
+      uint32_t values[2 * kTiles];
+      load_matrices(values, input + In::offset(pixel, lane_chunk));
+#pragma unroll
+      for (int dy = 0; dy < 3; ++dy) {
+        const int row = (in_row - dy) / kStride;
+        if (in_row < dy || (in_row - dy) % kStride != 0 || row >= kRowsPerWarp) continue;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          Format::multiply(sums[row][tile], taps[dy], values[2 * tile], values[2 * tile + 1]);
+        }
+      }
+    }
+  }
+}
+
+// output = relu(sums [+ output]) for the tiles of multiply_slice.
+template <typename Format, int kOut, bool kResidual, int kTiles>
+BLOCKDROP_DEVICE void store_sums(const float (&sums)[kRowsPerWarp][kTiles][4], uint32_t output,
+                                 int first_tile) {
+  using Out = Layout<kOut>;
+  const auto [lane, channel_tile, first_row] = WarpPart<kOut>();
+  // Two tiles at a time, side by side or one below the other.
+#pragma unroll
+  for (int tile = 0; tile < kRowsPerWarp * kTiles; tile += 2) {
+    const int lane_tile = tile + lane / 16;
+    const int column = (first_tile + lane_tile % kTiles) * kPixelsPerTile + lane % 8;
+    const int pixel = Out::pixel(first_row + lane_tile / kTiles, column);
+    const uint32_t address =
+        output + Out::offset(pixel, channel_tile * (kTile / kChunk) + lane / 8 % 2);
+    uint32_t values[4];
+    if constexpr (kResidual) load_matrices_transposed(values, address);
+#pragma unroll
+    for (int half = 0; half < 4; ++half) {
+      const int index = tile + half / 2;
+      const float* pair = &sums[index / kTiles][index % kTiles][half % 2 * 2];
+      float2 sum = {pair[0], pair[1]};
+      if constexpr (kResidual) {
+        const float2 residual = Format::unpack(values[half]);
+        sum.x += residual.x;
+        sum.y += residual.y;
+      }
+      values[half] = Format::pack_relu(sum.x, sum.y);
+    }
+    store_matrices_transposed(address, values);
+  }
+}
+
+// output = relu(convolution(input) + bias [+ output])
+//
+// A warp has 16 channels of four rows. It computes at most two tiles of 8 pixels of each at a
+// time, and so holds at most 32 sums, 12 registers of weights and 4 of input. Only segment 1 has
+// more tiles in a row, and its convolutions have a single slice, which is then used twice.
+template <typename Format, int kIn, int kOut, bool kResidual>
+BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, WeightStream<kOut>& weights) {
+  constexpr int kSlices = Layout<kIn>::kChannelTiles;
+  constexpr int kAllTiles = Layout<kOut>::kPixelTiles;
+  constexpr int kTiles = kAllTiles < 2 ? kAllTiles : 2;
+  static_assert(kTiles == kAllTiles || kSlices == 1);
+  uint32_t slice = weights.advance();
+#pragma unroll 1
+  for (int first_tile = 0; first_tile < kAllTiles; first_tile += kTiles) {
+    const auto [lane, channel_tile, first_row] = WarpPart<kOut>();
+    const uint32_t bias = slice + (channel_tile * kTile + lane / 4) * 4;
+    const float low = load_shared<float>(bias), high = load_shared<float>(bias + 8 * 4);
+    float sums[kRowsPerWarp][kTiles][4];
+#pragma unroll
+    for (int row = 0; row < kRowsPerWarp; ++row) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        sums[row][tile][0] = sums[row][tile][1] = low;
+        sums[row][tile][2] = sums[row][tile][3] = high;
+      }
+    }
+    multiply_slice<Format, kIn, kOut>(sums, input, slice, 0, first_tile);
+#pragma unroll 1
+    for (int slice_index = 1; slice_index < kSlices; ++slice_index) {
+      slice = weights.advance();
+      multiply_slice<Format, kIn, kOut>(sums, input, slice, slice_index, first_tile);
+    }
+    store_sums<Format, kOut, kResidual>(sums, output, first_tile);
+  }
+}
+
+// ------------------------------------------------------------------ everything else
+
+BLOCKDROP_DEVICE uint4 zeros() { return {0, 0, 0, 0}; }
+
+template <int kChannels>
+BLOCKDROP_DEVICE void clear_border(uint32_t activation) {
+  using L = Layout<kChannels>;
+  constexpr int kChunks = kChannels / kChunk;
+  constexpr int kTop = L::kStride, kBottom = L::kStride + 1;
+  constexpr int kBorder = kTop + L::kSize + kBottom;
+  for (int i = thread_index(); i < kBorder * kChunks; i += kThreads) {
+    const int place = i / kChunks;
+    const int pixel = place < kTop              ? place
+                      : place < kTop + L::kSize ? (place - kTop + 1) * L::kStride
+                                                : L::kPixels - kBorder + place;
+    store_shared(activation + L::offset(pixel, i % kChunks), zeros());
+  }
+}
+
+// Spreads the image over pixels of 16 channels, the last 13 of them zero.
+BLOCKDROP_DEVICE void load_image(const uint16_t* image, uint32_t activation) {
+  using L = Layout<kTile>;
+  constexpr int kImagePixels = kImageSize * kImageSize;
+#pragma unroll
+  for (int i = 0; i < kImagePixels / kThreads; ++i) {
+    const int place = i * kThreads + thread_index();
+    const int pixel = L::pixel(place / kImageSize, place % kImageSize);
+    const uint32_t red = load_global(image + place);
+    const uint32_t green = load_global(image + kImagePixels + place);
+    const uint32_t blue = load_global(image + 2 * kImagePixels + place);
+    store_shared(activation + L::offset(pixel, 0), uint4{red | green << 16, blue, 0, 0});
+    store_shared(activation + L::offset(pixel, 1), zeros());
+  }
+}
+
+// The shortcut of a block that halves the image and doubles the channels, in place. A thread
+// keeps its part of the result, 8 channels of a pixel or two, until all have read theirs.
+template <typename Format, int kIn>
+BLOCKDROP_DEVICE void shortcut(uint32_t activation, bool subsample) {
+  using In = Layout<kIn>;
+  using Out = Layout<2 * kIn>;
+  constexpr int kChunks = kIn / kChunk;
+  constexpr int kParts = Out::kSize * Out::kSize * kChunks / kThreads;
+  static_assert(kParts * kThreads == Out::kSize * Out::kSize * kChunks);
+  uint4 parts[kParts];
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const int i = part * kThreads + thread_index();
+    const int row = 2 * (i / kChunks / Out::kSize), column = 2 * (i / kChunks % Out::kSize);
+    const auto load = [&](int y, int x) {
+      const int pixel = In::pixel(row + y, column + x);
+      return load_shared<uint4>(activation + In::offset(pixel, i % kChunks));
+    };
+    parts[part] = load(0, 0);
+    if (!subsample) {
+      const uint4 right = load(0, 1), below = load(1, 0), across = load(1, 1);
+      const auto mean = [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+        const float2 p = Format::unpack(a), q = Format::unpack(b);
+        const float2 r = Format::unpack(c), s = Format::unpack(d);
+        return Format::pack((p.x + q.x + r.x + s.x) * 0.25f, (p.y + q.y + r.y + s.y) * 0.25f);
+      };
+      parts[part] = {mean(parts[part].x, right.x, below.x, across.x),
+                     mean(parts[part].y, right.y, below.y, across.y),
+                     mean(parts[part].z, right.z, below.z, across.z),
+                     mean(parts[part].w, right.w, below.w, across.w)};
+    }
+  }
+  sync_threads();
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const int i = part * kThreads + thread_index();
+    const int pixel = Out::pixel(i / kChunks / Out::kSize, i / kChunks % Out::kSize);
+    // As many zero chunks as data: behind, or half of them on each side.
+    const int chunk = i % kChunks;
+    const int data = subsample ? chunk + kChunks / 2 : chunk;
+    const int zero = subsample && chunk < kChunks / 2 ? chunk : chunk + kChunks;
+    store_shared(activation + Out::offset(pixel, data), parts[part]);
+    store_shared(activation + Out::offset(pixel, zero), zeros());
+  }
+  clear_border<2 * kIn>(activation);
+}
+
+// Calls store(label, weights * mean(x over pixels) + bias), in float32.
+template <typename Format, typename Store>
+BLOCKDROP_DEVICE void classify(const Network& network, Store store) {
+  using L = Layout<kFeatures>;
+  constexpr int kGroups = kThreads / kFeatures;  // of rows, summed by different threads
+  constexpr int kRows = L::kSize / kGroups;
+  const int channel = thread_index() % kFeatures, group = thread_index() / kFeatures;
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kRows * L::kSize; ++i) {
+    const int pixel = L::pixel(group * kRows + i / L::kSize, i % L::kSize);
+    const uint32_t at = kX + L::offset(pixel, channel / kChunk) + channel % kChunk * 2;
+    sum += Format::unpack(load_shared<uint16_t>(at)).x;
+  }
+  store_shared(kSums + thread_index() * 4, sum);
+  sync_threads();
+  for (int label = thread_index(); label < network.num_classes; label += kThreads) {
+    float logit = load_global(network.classifier + label);
+    const float* column = network.classifier + network.num_classes + label;  // [64, classes]
+#pragma unroll 16
+    for (int i = 0; i < kFeatures; ++i) {
+      float total = 0;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+        total += load_shared<float>(kSums + (g * kFeatures + i) * 4);
+      logit += load_global(column + static_cast<int64_t>(i) * network.num_classes) *
+               (total * (1.f / (L::kSize * L::kSize)));
+    }
+    store(label, logit);
+  }
+}
+
+// ------------------------------------------------------------------ a network
+
+// The kept blocks in [block, end_block), all of which keep the shape.
+template <typename Format, int kChannels>
+BLOCKDROP_DEVICE void run_blocks(WeightStream<kChannels>& weights, int block, int end_block) {
+  for (block = next_kept(block, end_block); block < end_block;
+       block = next_kept(block + 1, end_block)) {
+    convolve<Format, kChannels, kChannels, false>(kX, kHidden<kChannels>, weights);
+    convolve<Format, kChannels, kChannels, true>(kHidden<kChannels>, kX, weights);
+  }
+}
+
+// Segment 2 or 3; x becomes half as large and twice as deep.
+template <typename Format, int kChannels>
+BLOCKDROP_DEVICE void run_segment(const unsigned char* slices, int first_block, int end_block,
+                                  bool subsample) {
+  constexpr int kIn = kChannels / 2;
+  sync_threads();  // the previous segment is done with its memory
+  WeightStream<kChannels> weights(slices, first_block, end_block);
+  const bool keep = next_kept(first_block, end_block) == first_block;
+  clear_border<kChannels>(kHidden<kChannels>);
+  if (keep) convolve<Format, kIn, kChannels, false>(kX, kHidden<kChannels>, weights);
+  shortcut<Format, kIn>(kX, subsample);
+  if (keep) convolve<Format, kChannels, kChannels, true>(kHidden<kChannels>, kX, weights);
+  run_blocks<Format>(weights, first_block + 1, end_block);
+}
+
+// Image to pooled features; the bits from kKeep on say which blocks run.
+template <typename Format>
+BLOCKDROP_DEVICE void run_network(const Network& network, const uint16_t* image) {
+  {
+    WeightStream<16> weights(network.weights, 0, network.layers[0]);
+    clear_border<16>(kX);
+    clear_border<16>(kHidden<16>);
+    load_image(image, kHidden<16>);
+    convolve<Format, 16, 16, false>(kHidden<16>, kX, weights);
+    run_blocks<Format>(weights, 0, network.layers[0]);
+  }
+  const unsigned char* slices =
+      network.weights + static_cast<size_t>(1 + 2 * network.layers[0]) * Layout<16>::kSliceBytes;
+  const int second = network.layers[0], third = second + network.layers[1];
+  run_segment<Format, 32>(slices, second, third, network.subsample);
+  slices += static_cast<size_t>(4 * network.layers[1] - 1) * Layout<32>::kSliceBytes;
+  run_segment<Format, 64>(slices, third, third + network.layers[2], network.subsample);
+}
+
+// Takes paths until there are none left. What is not needed for a convolution is read again where
+// it is, from shared memory and the kernel's arguments: registers are what limits the kernel.
+template <typename Format>
+BLOCKDROP_DEVICE void walk(const Paths& paths) {
+  if (thread_index() == 0) store_shared<int>(kTurn, block_index());
+  sync_threads();
+  const auto path = [&]() -> int64_t {
+    const int turn = load_shared<int>(kTurn);
+    return paths.order ? paths.order[turn] : turn;
+  };
+  while (load_shared<int>(kTurn) < paths.num_paths) {
+    // Policy network, then backbone; one copy of the code.
+#pragma unroll 1
+    for (int step = paths.given ? 1 : 0; step < 2; ++step) {
+      const bool decide = step == 0;
+      const Network& network = decide ? paths.policy : paths.backbone;
+      if (decide) {
+        set_kept(network.layers[0] + network.layers[1] + network.layers[2],
+                 [](int) { return true; });
+      } else {
+        const bool* decisions =
+            (paths.given ? paths.given : paths.decisions) + path() * paths.num_blocks;
+        set_kept(paths.num_blocks, [&](int block) { return decisions[block]; });
+      }
+      sync_threads();
+      run_network<Format>(network, paths.images + path() % paths.num_images * kImageValues);
+      sync_threads();
+      if (decide) {
+        float* logits = paths.policy_logits + path() * paths.num_blocks;
+        bool* decisions = paths.decisions + path() * paths.num_blocks;
+        classify<Format>(network, [&](int block, float logit) {
+          logits[block] = logit;
+          decisions[block] = logit >= 0;  // sigmoid(logit) >= 0.5
+        });
+      } else {
+        float* logits = paths.logits + path() * network.num_classes;
+        classify<Format>(network, [&](int label, float logit) { logits[label] = logit; });
+      }
+      sync_threads();
+    }
+    if (thread_index() == 0) {
+      const bool none_left = paths.num_paths <= num_thread_blocks();
+      store_shared<int>(
+          kTurn, none_left ? num_thread_blocks() : num_thread_blocks() + take_ticket(paths.queue));
+    }
+    sync_threads();
+  }
+}
+
+}  // namespace blockdrop::walk_half

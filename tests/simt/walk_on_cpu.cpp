@@ -1,0 +1,58 @@
+// The CUDA walk as a library for a CPU: the kernel's own device code over tests/simt.
+// tests/test_walk_half.py compiles it and calls it.
+
+#include <cstdint>
+
+#include "cuda/walk.cuh"
+
+namespace simt = blockdrop::simt;
+using namespace blockdrop::walk_half;
+
+extern "C" {
+
+// Pointers as in Paths; classifiers are found behind the slices by the caller.
+struct Call {
+  const uint16_t* images;
+  const bool* given;
+  const int* order;
+  int64_t num_images, num_paths;
+  int64_t num_blocks;
+  const unsigned char* weights[2];  // backbone, policy network
+  int64_t classifier[2];            // byte offset in weights
+  int64_t layers[2][3];
+  int64_t num_classes[2];
+  int64_t subsample[2];
+  float* logits;
+  bool* decisions;
+  float* policy_logits;
+};
+
+void run_walk(const Call* call, int thread_blocks, int bfloat16) {
+  int queue = 0;
+  Paths paths{};
+  paths.images = call->images;
+  paths.given = call->given;
+  paths.order = call->order;
+  paths.queue = &queue;
+  paths.num_images = call->num_images;
+  paths.num_paths = call->num_paths;
+  paths.num_blocks = static_cast<int>(call->num_blocks);
+  for (int i = 0; i < 2; ++i) {
+    Network& network = i == 0 ? paths.backbone : paths.policy;
+    network.weights = call->weights[i];
+    network.classifier = reinterpret_cast<const float*>(call->weights[i] + call->classifier[i]);
+    for (int segment = 0; segment < 3; ++segment) {
+      network.layers[segment] = static_cast<int>(call->layers[i][segment]);
+    }
+    network.num_classes = static_cast<int>(call->num_classes[i]);
+    network.subsample = call->subsample[i] != 0;
+  }
+  paths.logits = call->logits;
+  paths.decisions = call->decisions;
+  paths.policy_logits = call->policy_logits;
+  simt::machine::launch(thread_blocks, kThreads, shared_bytes(paths), [&] {
+    bfloat16 ? walk<simt::Bfloat16>(paths) : walk<simt::Float16>(paths);
+  });
+}
+
+}  // extern "C"
