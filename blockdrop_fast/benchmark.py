@@ -30,11 +30,12 @@ from blockdrop_fast.policy import policy_resnet8, policy_resnet10
 from blockdrop_fast.published import published_decisions
 
 NETWORKS = {"resnet32": resnet32, "resnet110": resnet110, "resnet101": resnet101}
-BATCHES = (1, 8, 64)
+BATCHES = (1, 8, 64, 256)
 CHECKED_IMAGES = 64
-# ResNet-101 takes two cores seconds a batch: the quick form leaves its batch 64 out and checks
-# fewer images (which still are 16,000 logits).
-QUICK_IMAGENET_BATCHES = (1, 8)
+# ResNet-101 takes two cores seconds a batch: its largest batches are left out, and the quick form
+# checks fewer images (which still are 16,000 logits).
+LARGEST_BATCH = {"resnet101": 64}
+QUICK_LARGEST_BATCH = {"resnet32": 64, "resnet110": 64, "resnet101": 8}
 QUICK_IMAGENET_IMAGES = 16
 
 
@@ -342,13 +343,18 @@ class Run:
 
 
 def plan_runs(networks: Sequence[str], batches: Sequence[int], quick: bool) -> list[Run]:
-    """How to measure networks at batch sizes, in the full or in the quick form."""
+    """How to measure networks, in the full or in the quick form.
+
+    Args:
+        networks: names in ``NETWORKS``, or checkpoints' paths.
+        batches: batch sizes; none: those of the form.
+        quick: the quick form.
+    """
     runs = []
     for network in networks:
-        sizes, images = tuple(batches), CHECKED_IMAGES
-        if quick and network == "resnet101":
-            sizes = tuple(size for size in sizes if size in QUICK_IMAGENET_BATCHES) or sizes
-            images = QUICK_IMAGENET_IMAGES
+        largest = (QUICK_LARGEST_BATCH if quick else LARGEST_BATCH).get(network, max(BATCHES))
+        sizes = tuple(batches) or tuple(size for size in BATCHES if size <= largest)
+        images = QUICK_IMAGENET_IMAGES if quick and network == "resnet101" else CHECKED_IMAGES
         step = math.lcm(*sizes)
         rounds, min_seconds = (5, 1.0) if quick else (15, 10.0)
         runs.append(Run(network, sizes, -(-images // step) * step, rounds, min_seconds))
@@ -389,7 +395,7 @@ LEGEND = (
 
 def command(
     model: str = "all",
-    batch: tuple[int, ...] = BATCHES,
+    batch: tuple[int, ...] = (),
     quick: bool = False,
     contenders: tuple[str, ...] = (),
     data: Path | None = None,
@@ -400,13 +406,13 @@ def command(
     Args:
         model: resnet32, resnet110 or resnet101 (random weights at the published block usage),
             all three, or a BlockDrop checkpoint, at its own decisions on its test images.
-        batch: batch sizes.
-        quick: fewer repeats, no torch.compile, and ResNet-101 only at batch 1 and 8.
+        batch: batch sizes; default: 1, 8, 64 and 256, of ResNet-101 up to 64.
+        quick: fewer repeats, no torch.compile, batch sizes up to 64, of ResNet-101 up to 8.
         contenders: which ones; default: all. At least one complete baseline is needed.
         data: data set folder of a checkpoint; default: BLOCKDROP_DATA, else the digits.
         json: also write all samples and the machine to this file.
     """
-    if not batch or min(batch) < 1:
+    if batch and min(batch) < 1:
         raise ValueError(f"batch: expected positive batch sizes, got {batch}")
     names = list(contenders) or contender_names(quick)
     runs = plan_runs(list(NETWORKS) if model == "all" else [model], batch, quick)

@@ -207,10 +207,12 @@ def test_measure_needs_a_baseline_and_known_names(workload):
 def test_quick_form_leaves_the_slow_cases_out():
     assert "compile" in benchmark.contender_names(quick=False)
     assert "compile" not in benchmark.contender_names(quick=True)
-    small, large = benchmark.plan_runs(["resnet110", "resnet101"], (1, 8, 64), quick=True)
+    small, large = benchmark.plan_runs(["resnet110", "resnet101"], (), quick=True)
     assert small.batches == (1, 8, 64)
     assert large.batches == (1, 8)
-    for run in (small, large, *benchmark.plan_runs(["resnet32"], (3, 100), quick=False)):
+    full = benchmark.plan_runs(["resnet110", "resnet101"], (), quick=False)
+    assert [run.batches for run in full] == [(1, 8, 64, 256), (1, 8, 64)]
+    for run in (small, large, *full, *benchmark.plan_runs(["resnet32"], (3, 100), quick=False)):
         assert all(run.images % batch == 0 for batch in run.batches)
 
 
