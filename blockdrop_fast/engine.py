@@ -13,18 +13,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blockdrop_fast._extension import extension_status
+from blockdrop_fast._extension import build_record, extension_status
 from blockdrop_fast.blockdrop import BlockDrop, Output
 from blockdrop_fast.decisions import check_decisions, check_images
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.walk import WalkExecutor
+from blockdrop_fast.executors.walk_half import WalkHalfExecutor
 from blockdrop_fast.folding import FoldedNetwork, fold_network
 from blockdrop_fast.models import ResNet
 from blockdrop_fast.policy import decide
 
 Strategy = Literal["auto", "walk", "gather", "dense"]
-EXECUTORS = {"walk": WalkExecutor, "gather": GatherExecutor, "dense": DenseExecutor}
+Walk = WalkExecutor | WalkHalfExecutor
+OLDEST_GPU = (8, 0)  # that the walk's matrix instructions run on
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -50,7 +52,7 @@ class Engine:
         strategy: how the backbone is executed: "walk", "gather" or "dense".
         strategy_reason: why it is this one.
         config: the backbone's architecture.
-        dtype: of weights, images and logits.
+        dtype: of weights and images; of logits too, but for the walk's on a GPU: float32.
         device: of weights and images.
     """
 
@@ -71,10 +73,14 @@ class Engine:
         network = fold_network(self.backbone, self.dtype)
         if self._asked == "auto":
             self._executor, self.strategy_reason = _walk_or(GatherExecutor, network)
-            self.strategy = "walk" if isinstance(self._executor, WalkExecutor) else "gather"
+            self.strategy = "walk" if isinstance(self._executor, Walk) else "gather"
         else:
-            self._executor = EXECUTORS[self._asked](network)
+            executors = {"walk": _make_walk, "gather": GatherExecutor, "dense": DenseExecutor}
+            self._executor = executors[self._asked](network)
             self.strategy, self.strategy_reason = self._asked, "asked for"
+        # The walk on a GPU sums in float32, and gives its logits so.
+        half_walk = isinstance(self._executor, WalkHalfExecutor)
+        self._logits_dtype = torch.float32 if half_walk else self.dtype
         self._policy, self._decides_itself = None, False
         if isinstance(self.model, BlockDrop):
             self._policy_pool = self.model.policy.input_pool
@@ -162,7 +168,9 @@ class Engine:
             )
         keep = torch.stack([self._check_decisions(images, one) for one in decisions])
         if images.shape[0] == 0:
-            return images.new_zeros(len(keep), 0, self.config.num_classes)
+            return images.new_zeros(
+                (len(keep), 0, self.config.num_classes), dtype=self._logits_dtype
+            )
         return self._executor.run_sets(images, keep)
 
     def _check(self, images: Tensor) -> None:
@@ -206,7 +214,7 @@ class Engine:
 
     def _execute(self, images: Tensor, decisions: Tensor) -> Tensor:
         if images.shape[0] == 0:
-            return images.new_zeros(0, self.config.num_classes)
+            return images.new_zeros((0, self.config.num_classes), dtype=self._logits_dtype)
         return self._executor.run(images, decisions)
 
 
@@ -221,20 +229,51 @@ def _check_device(model: BlockDrop | ResNet, device: torch.device) -> None:
         raise ValueError("model: expected weights, those on the meta device have no values")
 
 
-def _walk_or(
-    other: type[GatherExecutor] | type[DenseExecutor], network: FoldedNetwork
-) -> tuple[WalkExecutor | GatherExecutor | DenseExecutor, str]:
-    """The walk where it serves a network here, else another executor; and why."""
+def _make_walk(network: FoldedNetwork) -> Walk:
+    """The walk for the network's device.
+
+    Raises:
+        TypeError, ValueError: it does not serve this network or precision.
+    """
+    on_gpu = network.stem.weight.device.type == "cuda"
+    return WalkHalfExecutor(network) if on_gpu else WalkExecutor(network)
+
+
+def _why_no_walk_kernels(device: torch.device) -> str:
+    """Empty if there are compiled kernels of the walk for the device."""
     status = extension_status()
     if not status.loaded:
-        return other(network), f"the walk needs the compiled extension: {status.reason}"
+        return f"the walk needs the compiled extension: {status.reason}"
+    if device.type != "cuda":
+        return ""
+    if status.build_info.get("cuda") is None:
+        reason = build_record().get("why_no_cuda") or "the extension was built without CUDA"
+        return f"the walk on a GPU needs CUDA kernels: {reason}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return "the walk needs a GPU of compute capability 8.0 or newer, got {}.{}".format(
+            *capability
+        )
+    return ""
+
+
+def _walk_or(
+    other: type[GatherExecutor] | type[DenseExecutor], network: FoldedNetwork
+) -> tuple[Walk | GatherExecutor | DenseExecutor, str]:
+    """The walk where it serves a network here, else another executor; and why."""
+    device = network.stem.weight.device
+    if reason := _why_no_walk_kernels(device):
+        return other(network), reason
     try:
-        return WalkExecutor(network), "the fastest for this network on a CPU"
+        executor = _make_walk(network)
     except (TypeError, ValueError) as error:
         return other(network), str(error)
+    if isinstance(executor, WalkHalfExecutor):
+        return executor, "one kernel launch a batch; images of other sizes than 32x32 run by gather"
+    return executor, "the fastest for this network on a CPU"
 
 
-def _accepts(executor: WalkExecutor, policy: FoldedNetwork) -> bool:
+def _accepts(executor: Walk, policy: FoldedNetwork) -> bool:
     """Whether the walk can run this policy network itself, in one call with the backbone."""
     try:
         executor.set_policy(policy)
@@ -256,7 +295,8 @@ def compile(
         model: BlockDrop, or a bare backbone. It is read in eval mode whatever its mode is, and
             stays as it is; the engine runs on the model's device.
         dtype: float32, float64, float16 or bfloat16, of weights and activations.
-        strategy: "walk" carries each image along its own path (CIFAR networks, float32, CPU);
+        strategy: "walk" carries each image along its own path (CIFAR networks, in float32 on a
+            CPU, in float16 or bfloat16 on a GPU, whose logits are float32);
             "gather" runs each block on its active images; "dense" computes everything and masks;
             "auto" takes the fastest that serves the network, ``strategy_reason`` says why.
         validate: on a GPU, also check the values of images and decisions, which waits for the

@@ -20,6 +20,8 @@ import pytest
 import torch
 from test_walk import make_network, make_policy, random_decisions
 
+from blockdrop_fast import BlockDrop, engine
+from blockdrop_fast._extension import extension_status
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
 from blockdrop_fast.folding import fold_network
 from blockdrop_fast.models import ResNet, resnet_cifar
@@ -370,3 +372,47 @@ def test_bad_policy_arguments():
 def test_unsupported_networks():
     with pytest.raises(TypeError, match=r"network: .* torch.float16 only, got torch.float32"):
         WalkHalfExecutor(fold_network(resnet_cifar(8), torch.float32))
+
+
+# ------------------------------------------------------------------ the engine
+
+
+@pytest.fixture
+def half_walk_engine(monkeypatch):
+    """Compiles engines as on a GPU, but on the CPU, where the operator's reference runs."""
+    monkeypatch.setattr(engine, "_why_no_walk_kernels", lambda device: "")
+    monkeypatch.setattr(engine, "_make_walk", WalkHalfExecutor)
+    return engine.compile
+
+
+def test_engine_takes_the_half_walk(half_walk_engine):
+    network, policy = make_network((1, 1, 1)), make_policy(3)
+    compiled = half_walk_engine(BlockDrop(network, policy), dtype=torch.bfloat16)
+    assert compiled.strategy == "walk"
+    assert "one kernel launch" in compiled.strategy_reason
+    images = make_images(5)
+    output = compiled(images)
+    assert output.logits.dtype == torch.float32
+    assert torch.equal(output.logits, compiled.run(images, output.decisions))
+    sets = compiled.run_sets(images, torch.stack([output.decisions] * 2))
+    assert torch.equal(sets[1], output.logits)
+    assert torch.equal(output.decisions, compiled.probabilities(images) >= 0.5)
+    empty = compiled(images[:0])
+    assert empty.logits.dtype == torch.float32
+    assert empty.logits.shape == (0, 10)
+
+
+def test_engine_says_why_not_the_half_walk(half_walk_engine):
+    compiled = half_walk_engine(make_network((1, 1, 1)), dtype=torch.float32)
+    assert compiled.strategy == "gather"
+    assert "torch.bfloat16 and torch.float16 only" in compiled.strategy_reason
+
+
+def test_engine_names_missing_kernels():
+    reason = engine._why_no_walk_kernels(torch.device("cuda"))
+    if not extension_status().loaded:
+        assert reason == f"the walk needs the compiled extension: {extension_status().reason}"
+    elif extension_status().build_info["cuda"] is None:
+        assert reason.startswith("the walk on a GPU needs CUDA kernels: ")
+    else:
+        pytest.skip("this extension has CUDA kernels")
