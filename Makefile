@@ -22,7 +22,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test sanitize bench lint format clean check-cuda-build
+.PHONY: help install demo test sanitize bench lint format clean check-cuda-build gpu-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
@@ -76,6 +76,9 @@ format: install ## put all sources into format
 
 check-cuda-build: ## build and test the CUDA wheel, no GPU needed (10 minutes, downloads 5 GB)
 	PYTHON=$(PYTHON) .ci/check-cuda-build
+
+gpu-check: ## on a machine with a GPU: build with the installed torch, GPU tests, sanitizer
+	PYTHON=$(PYTHON) .ci/gpu-check
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info blockdrop_fast/_C.*.so blockdrop_fast/_build_record.json
