@@ -14,8 +14,11 @@ import pytest
 import torch
 
 import blockdrop_fast as bdf
-from train.config import PRESETS, STAGES, Curriculum, Finetune, Heuristics, Pretrain
+from train import demo as demo_module
+from train.config import PRESETS, STAGES, Curriculum, Demo, Finetune, Heuristics, Pretrain
 from train.curriculum import curriculum
+from train.curves import Arguments, draw
+from train.demo import demo
 from train.finetune import distillation_loss, finetune
 from train.heuristics import heuristics
 from train.loop import NonFiniteLossError
@@ -231,6 +234,33 @@ def test_nan_loss_stops_with_the_step_and_keeps_the_checkpoint(pretrained, tmp_p
 def test_missing_or_wrong_options_are_named(stage, config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         stage(replace(config, out=tmp_path / "run"))
+
+
+def test_demo_trains_measures_and_draws(tmp_path, capsys):
+    config = Demo(
+        out=tmp_path,
+        limit=128,
+        threads=1,
+        batches=(8,),
+        pretrain_epochs=1,
+        curriculum_epochs=1,
+        finetune_epochs=1,
+    )
+    demo(config)
+    printed = capsys.readouterr().out
+    for name in demo_module.CONTENDERS:
+        assert f"\n{name} " in printed
+    lines = json.loads((tmp_path / "demo.json").read_text())["lines"]
+    assert [line["blocks"] for line in lines[:2]] == [15, 15]
+    assert all(line["milliseconds"]["8"] > 0 for line in lines)
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    demo(config)  # complete stages are not run again
+    assert "pretrain: complete in" in capsys.readouterr().out
+
+
+def test_curves_of_several_runs(pretrained, with_policy, tmp_path):
+    draw(Arguments(runs=(pretrained, with_policy), out=tmp_path / "curves.png"))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_presets_cover_every_stage_and_paper_is_the_paper():

@@ -93,6 +93,7 @@ def _stages(config: Demo) -> dict:
         "seed": config.seed,
         "device": config.device,
         "threads": config.threads,
+        "limit": config.limit,
         "batch_size": 64,
         "evaluate_every": 1000,
         "checkpoint_every": 5,
