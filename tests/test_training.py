@@ -77,6 +77,25 @@ def test_curriculum_frees_blocks_and_logs_the_authors_names(with_policy, pretrai
         assert torch.equal(value, frozen[name]), name
 
 
+def test_curriculum_goes_on_with_a_policy(with_policy, pretrained, tmp_path):
+    config = Curriculum(
+        backbone=pretrained / "model.safetensors",
+        policy=with_policy / "model.safetensors",
+        epochs=1,
+        blocks_per_epoch=3,
+        lr=0.0,
+        out=tmp_path,
+        **FEW,
+    )
+    curriculum(config)
+    assert metrics(tmp_path)[0]["forced_blocks"] == 0
+    before, after = (bdf.load(out / "model.safetensors").policy for out in (with_policy, tmp_path))
+    assert torch.equal(before.network.fc.weight, after.network.fc.weight)
+    both = replace(config, policy_init=config.policy, out=tmp_path / "both")
+    with pytest.raises(ValueError, match="expected one of them"):
+        curriculum(both)
+
+
 @pytest.mark.parametrize(("bn", "samples"), [("all", 1), ("active", 2), ("frozen", 1)])
 def test_finetune_trains_both_networks(with_policy, tmp_path, bn, samples):
     before = bdf.load(with_policy / "model.safetensors").state_dict()

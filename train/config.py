@@ -83,6 +83,8 @@ class Curriculum(Policy):
     """Backbone checkpoint (required)."""
     policy_init: Path | None = None
     """ImageNet only: ResNet-18 checkpoint whose first blocks start the policy network."""
+    policy: Path | None = None
+    """Checkpoint whose policy network to start from, to go on under other options."""
     epochs: int = 5000
     """Paper: 5,000 (CIFAR), 45 (ImageNet)."""
     batch_size: int = 2048

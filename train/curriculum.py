@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast.checkpoints import init_policy_from_resnet18
+from blockdrop_fast.checkpoints import init_policy_from_resnet18, load_policy
 from train.config import Curriculum
 from train.loop import (
     Means,
@@ -97,7 +97,11 @@ def _make_model(config: Curriculum) -> bdf.BlockDrop:
         raise ValueError("backbone: a backbone checkpoint is required")
     backbone = bdf.load_backbone(config.backbone).eval().requires_grad_(False)
     torch.manual_seed(config.seed)
-    if backbone.config.stem == "cifar":
+    if config.policy is not None and config.policy_init is not None:
+        raise ValueError("policy and policy_init: expected one of them")
+    if config.policy is not None:
+        policy = load_policy(config.policy)
+    elif backbone.config.stem == "cifar":
         policy = bdf.policy_resnet8(backbone.num_blocks)
     else:
         policy = bdf.policy_resnet10(backbone.num_blocks)
