@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import itertools
 import os
 import shlex
@@ -143,6 +144,13 @@ def make_images(count: int, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor
     return torch.randn(count, 3, 32, 32, generator=generator).to(dtype)
 
 
+@functools.cache
+def shared_network(layers, shortcut, num_classes) -> ResNet:
+    """A network that tests share, and its tolerance with it; not to be changed."""
+    return make_network(layers, shortcut, num_classes)
+
+
+@functools.cache
 def tolerance_of(network: ResNet, dtype) -> float:
     """The error allowed: by the rule of ``make_reference``, over 64 images on random paths."""
     paths = random_decisions(torch.Generator().manual_seed(7), IMAGES, network.num_blocks)
@@ -162,7 +170,7 @@ def assert_right(logits, network: ResNet, images, decisions, tolerance: float) -
 @pytest.mark.parametrize("shortcut", ["average_pool", "subsample"])
 def test_every_path(simulator, dtype, shortcut):
     """All 16 ways through a network of every kind of block, more paths than thread blocks."""
-    network = make_network((1, 2, 1), shortcut, num_classes=7)
+    network = shared_network((1, 2, 1), shortcut, 7)
     packed = make_executor(network, dtype)._network
     paths = torch.tensor(list(itertools.product([False, True], repeat=4)))
     images = make_images(2, dtype)
@@ -180,7 +188,7 @@ def test_every_path(simulator, dtype, shortcut):
 @pytest.mark.parametrize("keep", ["random", "all", "none"])
 def test_deep_network_of_one_image(simulator, keep):
     """More than 32 blocks, one image, one thread block."""
-    network = make_network((13, 12, 12), num_classes=300)
+    network = shared_network((13, 12, 12), "average_pool", 300)
     decisions = random_decisions(torch.Generator().manual_seed(5), 1, 37)
     if keep != "random":
         decisions.fill_(keep == "all")
