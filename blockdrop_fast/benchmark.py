@@ -222,7 +222,7 @@ def _settle(backbone: ResNet) -> None:
 
 
 def load_workload(checkpoint: Path, images: int, data_folder: Path | None) -> Workload:
-    """A trained BlockDrop at its own decisions on the first test images of its data set.
+    """A trained BlockDrop at its own decisions on test images drawn from its data set.
 
     Raises:
         ValueError: a data set of fewer images.
@@ -234,7 +234,9 @@ def load_workload(checkpoint: Path, images: int, data_folder: Path | None) -> Wo
     test = data.load_dataset(data_folder).test
     if len(test) < images:
         raise ValueError(f"data: expected at least {images} test images, got {len(test)}")
-    inputs, _ = next(iter(data.batches(test, images, normalization=normalization)))
+    # Test splits come sorted by class: draw the images.
+    drawn = test.subset(images)
+    inputs, _ = next(iter(data.batches(drawn, images, normalization=normalization)))
     inputs = inputs.contiguous()
     decisions = compile(model, strategy="dense")(inputs).decisions.clone()
     return Workload(checkpoint.stem, model, inputs, decisions)

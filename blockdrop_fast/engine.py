@@ -27,6 +27,8 @@ from blockdrop_fast.policy import decide
 Strategy = Literal["auto", "walk", "gather", "dense"]
 Walk = WalkExecutor | WalkHalfExecutor
 OLDEST_GPU = (8, 0)  # that the walk's matrix instructions run on
+# Until `make gpu-check` has passed on a GPU, nobody gets those kernels without asking for them.
+CUDA_WALK_UNPROVEN = "the CUDA walk has not run on a GPU yet; strategy='walk' asks for it"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -71,7 +73,10 @@ class Engine:
         self.device = self.backbone.fc.weight.device
         _check_device(self.model, self.device)
         network = fold_network(self.backbone, self.dtype)
-        if self._asked == "auto":
+        if self._asked == "auto" and self.device.type == "cuda":
+            self._executor, self.strategy_reason = GatherExecutor(network), CUDA_WALK_UNPROVEN
+            self.strategy = "gather"
+        elif self._asked == "auto":
             self._executor, self.strategy_reason = _walk_or(GatherExecutor, network)
             self.strategy = "walk" if isinstance(self._executor, Walk) else "gather"
         else:
