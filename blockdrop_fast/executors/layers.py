@@ -21,44 +21,58 @@ _HAS_FUSED = (
 
 
 class Conv:
-    """A folded convolution, with what follows it fused into it where torch can."""
+    """A folded convolution, with what follows it fused into it where torch can.
+
+    oneDNN chooses the order of packed weights by the shape of the input, and one image and several
+    can get different ones; weights in the other order are rearranged at every call, which takes up
+    to 20 times as long as the convolution. So each of the two has its own packing, made when it
+    is first needed.
+    """
 
     def __init__(self, folded: FoldedConv):
+        self._weight = folded.weight
         self._bias = folded.bias
         self._stride = [folded.stride, folded.stride]
         self._padding = [folded.padding, folded.padding]
-        self._weight = folded.weight
-        self._is_packed = (
+        self._can_fuse = (
             _HAS_FUSED and folded.weight.dtype == torch.float32 and folded.weight.is_cpu
         )
-        if self._is_packed:
-            self._weight = _pack(folded.weight.to_mkldnn(), self._padding, self._stride, [1, 1], 1)
+        self._packed: dict[bool, Tensor] = {}  # whether for several images -> weights
 
     def __call__(self, x: Tensor) -> Tensor:
         """The convolution alone."""
-        if not self._is_packed:
+        if not self._can_fuse:
             return F.conv2d(x, self._weight, self._bias, self._stride, self._padding)
         return self._call_fused(x, "none")
 
     def relu(self, x: Tensor) -> Tensor:
         """relu(conv(x))."""
-        if not self._is_packed:
+        if not self._can_fuse:
             return self(x).relu_()
         return self._call_fused(x, "relu")
 
     def add_relu(self, x: Tensor, other: Tensor) -> Tensor:
         """relu(conv(x) + other); ``other`` stays as it is."""
-        if not self._is_packed:
+        if not self._can_fuse:
             return self(x).add_(other).relu_()
         return _fused.binary(
-            x, other, self._weight, self._bias, self._padding, self._stride, [1, 1], 1,
+            x, other, self._packed_for(x), self._bias, self._padding, self._stride, [1, 1], 1,
             "add", None, "relu", [], None,
         )  # fmt: skip
 
     def _call_fused(self, x: Tensor, activation: str) -> Tensor:
         return _fused(
-            x, self._weight, self._bias, self._padding, self._stride, [1, 1], 1, activation, [], ""
-        )
+            x, self._packed_for(x), self._bias, self._padding, self._stride, [1, 1], 1,
+            activation, [], "",
+        )  # fmt: skip
+
+    def _packed_for(self, x: Tensor) -> Tensor:
+        several = x.shape[0] > 1
+        if several not in self._packed:
+            self._packed[several] = _pack(
+                self._weight.to_mkldnn(), self._padding, self._stride, [1, 1], 1, list(x.shape)
+            )
+        return self._packed[several]
 
 
 class Block:
