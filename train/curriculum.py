@@ -42,7 +42,8 @@ def curriculum(config: Curriculum) -> None:
         model.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
     run = Run(config, model, [optimizer], [])
-    backbone_engine, model_engine = bdf.compile(model.backbone), bdf.compile(model)
+    # Its backbone is frozen: only evaluation needs the policy's new weights.
+    engine = bdf.compile(model)
     for epoch in run.epochs():
         forced = forced_blocks(num_blocks, epoch, config.blocks_per_epoch)
         means, statistics = Means(), PolicyStatistics()
@@ -57,7 +58,7 @@ def curriculum(config: Curriculum) -> None:
             exploring = bounded(probabilities, config.alpha)
             sampled = sample(exploring, config.samples, forced, generator)
             decisions = torch.cat([thresholded[None], sampled])
-            correct = backbone_engine.run_sets(images, decisions).argmax(-1) == labels
+            correct = engine.run_sets(images, decisions).argmax(-1) == labels
             rewards = reward(correct, decisions, config.penalty)
             advantage = advantages(rewards[1:], rewards[0], config.baseline)
             loss = policy_gradient_loss(exploring, sampled, advantage, forced)
@@ -80,14 +81,14 @@ def curriculum(config: Curriculum) -> None:
         metrics = {f"train_{name}": value for name, value in means.items().items()}
         metrics |= statistics.items("train") | {"forced_blocks": forced}
         if run.due(epoch, config.evaluate_every):
-            model_engine.refresh()
+            engine.refresh()
 
             def decide(images: torch.Tensor, forced: int = forced) -> torch.Tensor:
-                decisions = bdf.decide(model_engine.probabilities(images))
+                decisions = bdf.decide(engine.probabilities(images))
                 decisions[:, :forced] = True
                 return decisions
 
-            evaluation = evaluate_test(model_engine, dataset, config.workers, decide)
+            evaluation = evaluate_test(engine, dataset, config.workers, decide)
             metrics |= evaluation_metrics(evaluation, config.penalty)
         run.finish_epoch(epoch, metrics)
 
