@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,22 +18,35 @@ from blockdrop_fast.plan import Plan, plan, plan_sets
 DENSE_SHARE = 0.875
 
 
+def default_dense_from(batch: int) -> float:
+    """``DENSE_SHARE`` at every batch size: what a gather executor goes by without measurements."""
+    return DENSE_SHARE
+
+
 class GatherExecutor:
     """Gathers a block's active images, runs the block on them, puts the results back in place.
 
     A block that no image keeps costs nothing (a shape-changing shortcut still runs); one that
     all images keep runs without gathering, and one that nearly all keep runs on all, masked.
+
+    Args:
+        network: folded, of any architecture.
+        dense_from: rows of activations -> the share of active ones from which a block runs on
+            all rows, masked; above 1: never.
     """
 
-    def __init__(self, network: FoldedNetwork):
+    def __init__(
+        self, network: FoldedNetwork, dense_from: Callable[[int], float] = default_dense_from
+    ):
         self._layers = Layers(network)
+        self._dense_from = dense_from
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images and their (B, K) bool decisions -> (B, num_classes) logits."""
         planned = plan(decisions)
         x = self._layers.stem(images)
         for k, block in enumerate(self._layers.blocks):
-            x = _run_block(block, x, planned, k)
+            x = self._run_block(block, x, planned, k)
         return self._layers.classifier(x)
 
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
@@ -42,23 +57,22 @@ class GatherExecutor:
             parents = planned.fork_parents[k]
             if parents.numel():
                 x = torch.cat([x, take_images(x, parents)])
-            x = _run_block(block, x, planned.plan, k)
+            x = self._run_block(block, x, planned.plan, k)
         return self._layers.classifier(x)[planned.rows]
 
-
-def _run_block(block: Block, x: Tensor, plan: Plan, k: int) -> Tensor:
-    """Block k on the active rows of x; x belongs to the caller no more (updated in place)."""
-    count, rows = plan.host_counts[k], x.shape[0]
-    shortcut = block.shortcut(x)
-    if count == 0:
+    def _run_block(self, block: Block, x: Tensor, plan: Plan, k: int) -> Tensor:
+        """Block k on the active rows of x; x belongs to the caller no more (updated in place)."""
+        count, rows = plan.host_counts[k], x.shape[0]
+        shortcut = block.shortcut(x)
+        if count == 0:
+            return shortcut
+        if count == rows:
+            return block.kept(x, shortcut)
+        if count >= self._dense_from(rows) * rows:
+            keep = plan.decisions[:rows, k, None, None, None]
+            return torch.where(keep, block.kept(x, shortcut), shortcut)
+        active = plan.active(k)
+        kept = block.kept(take_images(x, active), take_images(shortcut, active))
+        # The indices are unique, so a plain in-place store puts the rows back.
+        shortcut.permute(0, 2, 3, 1).index_copy_(0, active.long(), kept.permute(0, 2, 3, 1))
         return shortcut
-    if count == rows:
-        return block.kept(x, shortcut)
-    if count >= DENSE_SHARE * rows:
-        keep = plan.decisions[:rows, k, None, None, None]
-        return torch.where(keep, block.kept(x, shortcut), shortcut)
-    active = plan.active(k)
-    kept = block.kept(take_images(x, active), take_images(shortcut, active))
-    # The indices are unique, so a plain in-place store puts the rows back.
-    shortcut.permute(0, 2, 3, 1).index_copy_(0, active.long(), kept.permute(0, 2, 3, 1))
-    return shortcut
