@@ -5,6 +5,11 @@ references run instead, and ``blockdrop info`` says why.
 """
 
 from blockdrop_fast._extension import load_extension
+from blockdrop_fast.ops.gathered_conv import (
+    gathered_conv_,
+    gathered_conv_reference_,
+    pack_conv,
+)
 from blockdrop_fast.ops.plan import plan, plan_reference
 from blockdrop_fast.ops.walk import (
     walk,
@@ -21,6 +26,9 @@ from blockdrop_fast.ops.walk_half import (
 )
 
 __all__ = [
+    "gathered_conv_",
+    "gathered_conv_reference_",
+    "pack_conv",
     "plan",
     "plan_reference",
     "walk",
