@@ -13,11 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from blockdrop_fast import triton
 from blockdrop_fast._extension import build_record, extension_status
 from blockdrop_fast.blockdrop import BlockDrop, Output
 from blockdrop_fast.decisions import check_decisions, check_images
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
+from blockdrop_fast.executors.gather_graph import DTYPES as GRAPH_DTYPES
+from blockdrop_fast.executors.gather_graph import GraphGatherExecutor
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
 from blockdrop_fast.folding import FoldedNetwork, fold_network
@@ -26,9 +29,13 @@ from blockdrop_fast.policy import decide
 
 Strategy = Literal["auto", "walk", "gather", "dense"]
 Walk = WalkExecutor | WalkHalfExecutor
+Executor = Walk | GraphGatherExecutor | GatherExecutor | DenseExecutor
 OLDEST_GPU = (8, 0)  # that the walk's matrix instructions run on
 # Until `make gpu-check` has passed on a GPU, nobody gets those kernels without asking for them.
-CUDA_WALK_UNPROVEN = "the CUDA walk has not run on a GPU yet; strategy='walk' asks for it"
+GPU_UNPROVEN = (
+    "our GPU kernels have not run on a GPU yet: plain PyTorch; "
+    "strategy='walk' and strategy='gather' ask for them"
+)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -59,12 +66,18 @@ class Engine:
     """
 
     def __init__(
-        self, model: BlockDrop | ResNet, dtype: torch.dtype, strategy: Strategy, validate: bool
+        self,
+        model: BlockDrop | ResNet,
+        dtype: torch.dtype,
+        strategy: Strategy,
+        validate: bool,
+        copy_counts: bool,
     ):
         self.model = model
         self.dtype = dtype
         self._asked = strategy
         self._validate = validate
+        self._copy_counts = copy_counts
         self.refresh()
 
     def refresh(self) -> None:
@@ -73,16 +86,8 @@ class Engine:
         self.device = self.backbone.fc.weight.device
         _check_device(self.model, self.device)
         network = fold_network(self.backbone, self.dtype)
-        if self._asked == "auto" and self.device.type == "cuda":
-            self._executor, self.strategy_reason = GatherExecutor(network), CUDA_WALK_UNPROVEN
-            self.strategy = "gather"
-        elif self._asked == "auto":
-            self._executor, self.strategy_reason = _walk_or(GatherExecutor, network)
-            self.strategy = "walk" if isinstance(self._executor, Walk) else "gather"
-        else:
-            executors = {"walk": _make_walk, "gather": GatherExecutor, "dense": DenseExecutor}
-            self._executor = executors[self._asked](network)
-            self.strategy, self.strategy_reason = self._asked, "asked for"
+        self._executor, self.strategy_reason = self._choose_executor(network)
+        self.strategy = _strategy_of(self._executor)
         # The walk on a GPU sums in float32, and gives its logits so.
         half_walk = isinstance(self._executor, WalkHalfExecutor)
         self._logits_dtype = torch.float32 if half_walk else self.dtype
@@ -91,12 +96,27 @@ class Engine:
             self._policy_pool = self.model.policy.input_pool
             policy = fold_network(self.model.policy.network, self.dtype)
             # The policy network runs complete: by the walk where that serves it, else densely.
-            if self.strategy == "walk":
+            if isinstance(self._executor, Walk):
                 self._policy, _ = _walk_or(DenseExecutor, policy)
                 self._decides_itself = self._policy_pool == 1 and _accepts(self._executor, policy)
             else:
                 self._policy = DenseExecutor(policy)
+            if isinstance(self._executor, GraphGatherExecutor):
+                self._executor.set_policy(policy, self._policy_pool)
+                self._decides_itself = True
             self._policy_config = policy.config
+
+    def _choose_executor(self, network: FoldedNetwork) -> tuple[Executor, str]:
+        """What executes the backbone, and why."""
+        on_gpu = self.device.type == "cuda"
+        if self._asked == "auto" and on_gpu:
+            return GatherExecutor(network), GPU_UNPROVEN
+        if self._asked == "auto":
+            return _walk_or(GatherExecutor, network)
+        if self._asked == "gather" and on_gpu:
+            return _make_gpu_gather(network, self._copy_counts)
+        makers = {"walk": _make_walk, "gather": GatherExecutor, "dense": DenseExecutor}
+        return makers[self._asked](network), "asked for"
 
     @property
     def backbone(self) -> ResNet:
@@ -117,8 +137,9 @@ class Engine:
             TypeError, ValueError: see ``blockdrop_fast.decisions.check_images``.
         """
         self._check(images)
-        if self._decides_itself:
-            logits, decisions, _ = self._executor.run_policy(images)
+        if self._decides_itself and images.shape[0] > 0:
+            self._check_policy_size(images)
+            logits, decisions, *_ = self._executor.run_policy(images)
             return Output(logits, decisions)
         decisions = self._decide(images)
         return Output(self._execute(images, decisions), decisions)
@@ -201,7 +222,7 @@ class Engine:
             )
         return decide(self._probabilities(images))
 
-    def _probabilities(self, images: Tensor) -> Tensor:
+    def _check_policy_size(self, images: Tensor) -> None:
         pool, multiple = self._policy_pool, self._policy_config.size_multiple
         height, width = (size // pool for size in images.shape[2:])
         if min(height, width) < multiple or height % multiple or width % multiple:
@@ -210,8 +231,13 @@ class Engine:
                 f"{multiple} for the policy network (after pooling by {pool}), "
                 f"got {height}x{width}"
             )
-        if pool > 1:
-            images = torch.nn.functional.avg_pool2d(images, pool)
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        self._check_policy_size(images)
+        if self._policy_pool > 1:
+            images = torch.nn.functional.avg_pool2d(images, self._policy_pool)
+        if isinstance(self._policy, DenseExecutor):
+            return self._policy.run(images).sigmoid()
         everything = torch.ones(
             images.shape[0], self._policy_config.num_blocks, dtype=torch.bool, device=images.device
         )
@@ -232,6 +258,25 @@ def _check_device(model: BlockDrop | ResNet, device: torch.device) -> None:
         )
     if device.type == "meta":
         raise ValueError("model: expected weights, those on the meta device have no values")
+
+
+def _strategy_of(executor: Executor) -> Strategy:
+    if isinstance(executor, Walk):
+        return "walk"
+    return "dense" if isinstance(executor, DenseExecutor) else "gather"
+
+
+def _make_gpu_gather(
+    network: FoldedNetwork, copy_counts: bool
+) -> tuple[GraphGatherExecutor | GatherExecutor, str]:
+    """Gather by our own kernels, recorded; where they cannot run, by PyTorch's."""
+    dtype, device = network.stem.weight.dtype, network.stem.weight.device
+    why_not = triton.why_not(device)
+    if not why_not and dtype not in GRAPH_DTYPES:
+        why_not = f"they do not compute in {dtype}"
+    if why_not:
+        return GatherExecutor(network), f"by plain PyTorch, without kernels of ours: {why_not}"
+    return GraphGatherExecutor(network, copy_counts=copy_counts), "asked for"
 
 
 def _make_walk(network: FoldedNetwork) -> Walk:
@@ -293,6 +338,7 @@ def compile(
     dtype: torch.dtype = torch.float32,
     strategy: Strategy = "auto",
     validate: bool = False,
+    copy_counts: bool = True,
 ) -> Engine:
     """Freeze a model into an engine: fold batch norm, pack weights, choose how to execute.
 
@@ -306,6 +352,9 @@ def compile(
             "auto" takes the fastest that serves the network, ``strategy_reason`` says why.
         validate: on a GPU, also check the values of images and decisions, which waits for the
             device at every call. On a CPU they always are checked.
+        copy_counts: gather on a GPU waits for K integers a call, how many images keep each
+            block: blocks that nobody keeps are not launched, and those that all keep run at the
+            vendor's speed. False: a call never waits for the device.
 
     Raises:
         TypeError: not a model of this package, a dtype that is not supported, or not by the walk.
@@ -320,4 +369,4 @@ def compile(
         raise ValueError(
             f"strategy: expected 'auto', 'walk', 'gather' or 'dense', got {strategy!r}"
         )
-    return Engine(model, dtype, strategy, validate)
+    return Engine(model, dtype, strategy, validate, copy_counts)

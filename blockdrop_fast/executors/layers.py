@@ -1,8 +1,9 @@
 """The arithmetic that block-major executors share: folded convolutions in torch.
 
-On a CPU, oneDNN's convolutions take weights packed in its own order and apply ReLU, or residual
-sum and ReLU, while a result is still in registers. torch offers them to its compiler only; where
-they are missing, and on other devices and precisions, plain ``conv2d`` computes the same.
+Both vendors' libraries apply ReLU, or residual sum and ReLU, while a convolution's result is still
+in registers: oneDNN on CPUs, where it also takes weights packed in its own order, and cuDNN on
+GPUs. torch offers them to its compiler only; where they are missing, and on other devices and
+precisions, plain ``conv2d`` computes the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ _fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _HAS_FUSED = (
     _pack is not None and hasattr(_fused, "binary") and torch.backends.mkldnn.is_available()
 )
+
+CUDNN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Conv:
@@ -38,6 +41,11 @@ class Conv:
             _HAS_FUSED and folded.weight.dtype == torch.float32 and folded.weight.is_cpu
         )
         self._packed: dict[bool, Tensor] = {}  # whether for several images -> weights
+        self._on_cudnn = (
+            folded.weight.is_cuda
+            and folded.weight.dtype in CUDNN_DTYPES
+            and torch.backends.cudnn.is_available()
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """The convolution alone."""
@@ -47,12 +55,20 @@ class Conv:
 
     def relu(self, x: Tensor) -> Tensor:
         """relu(conv(x))."""
+        if self._on_cudnn:
+            return torch.cudnn_convolution_relu(
+                x, self._weight, self._bias, self._stride, self._padding, [1, 1], 1
+            )
         if not self._can_fuse:
             return self(x).relu_()
         return self._call_fused(x, "relu")
 
     def add_relu(self, x: Tensor, other: Tensor) -> Tensor:
         """relu(conv(x) + other); ``other`` stays as it is."""
+        if self._on_cudnn:
+            return torch.cudnn_convolution_add_relu(
+                x, self._weight, other, 1.0, self._bias, self._stride, self._padding, [1, 1], 1
+            )
         if not self._can_fuse:
             return self(x).add_(other).relu_()
         return _fused.binary(
