@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <limits>
 
-namespace blockdrop_fast {
+namespace blockdrop::plan {
 
 struct Plan {
   at::Tensor indices;  // [K, B] int32
@@ -31,4 +31,4 @@ inline Plan empty_plan(const at::Tensor& decisions) {
           at::empty({batch}, options)};
 }
 
-}  // namespace blockdrop_fast
+}  // namespace blockdrop::plan

@@ -11,6 +11,7 @@
 
 #include "plan.h"
 
+namespace blockdrop::plan {
 namespace {
 
 // Decisions that one task looks at, at least: below it, waking another thread costs more.
@@ -55,7 +56,7 @@ void order_by_usage(const int32_t* usage,  // [B], each in [0, num_blocks]
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_cpu(const at::Tensor& decisions) {
-  blockdrop_fast::Plan plan = blockdrop_fast::empty_plan(decisions);
+  Plan plan = empty_plan(decisions);
   const int64_t batch = decisions.size(0);
   const int64_t num_blocks = decisions.size(1);
   const at::Tensor contiguous = decisions.contiguous();
@@ -81,5 +82,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_cpu(const at::Tensor& decisi
 }
 
 }  // namespace
+}  // namespace blockdrop::plan
 
-TORCH_LIBRARY_IMPL(blockdrop_fast, CPU, m) { m.impl("plan", &plan_cpu); }
+TORCH_LIBRARY_IMPL(blockdrop_fast, CPU, m) { m.impl("plan", &blockdrop::plan::plan_cpu); }

@@ -16,6 +16,7 @@
 
 #include "plan.h"
 
+namespace blockdrop::plan {
 namespace {
 
 constexpr int kLanes = 32;
@@ -209,7 +210,7 @@ void launch_plan(const bool* decisions, int32_t* indices, int32_t* counts, int32
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_cuda(const at::Tensor& decisions) {
   const c10::cuda::CUDAGuard guard(decisions.device());
-  blockdrop_fast::Plan plan = blockdrop_fast::empty_plan(decisions);
+  Plan plan = empty_plan(decisions);
   const int64_t batch = decisions.size(0);
   const int64_t num_blocks = decisions.size(1);
   const at::Tensor contiguous = decisions.contiguous();
@@ -224,5 +225,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> plan_cuda(const at::Tensor& decis
 }
 
 }  // namespace
+}  // namespace blockdrop::plan
 
-TORCH_LIBRARY_IMPL(blockdrop_fast, CUDA, m) { m.impl("plan", &plan_cuda); }
+TORCH_LIBRARY_IMPL(blockdrop_fast, CUDA, m) { m.impl("plan", &blockdrop::plan::plan_cuda); }
