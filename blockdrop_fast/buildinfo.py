@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import blockdrop_fast
+from blockdrop_fast import ops, triton
 from blockdrop_fast._extension import build_record, extension_status
 
 
@@ -58,12 +59,11 @@ def info() -> dict[str, Any]:
             },
             "CPU kernels": {
                 "active": status.loaded,
-                "detail": f"variants: {', '.join(status.build_info.get('isa_variants', []))}"
-                if status.loaded
-                else "",
+                "detail": _cpu_detail(status.build_info) if status.loaded else "",
                 "why_not": status.reason,
             },
             "CUDA kernels": _cuda_part(devices),
+            "Triton kernels": _triton_part(devices),
         },
     }
 
@@ -109,6 +109,24 @@ def arch_runs_on(arch: str, capability: tuple[int, int]) -> bool:
     if version.endswith("f") or not ptx:
         return major == capability[0] and minor <= capability[1]
     return (major, minor) <= capability
+
+
+def _cpu_detail(build_info: dict[str, Any]) -> str:
+    variants = ", ".join(build_info.get("isa_variants", []))
+    try:
+        return f"variants: {variants}; in use: {ops.walk_isa()}"
+    except (ValueError, RuntimeError) as error:  # BLOCKDROP_CPU_ISA asks for what there is not
+        return f"variants: {variants}; {error}"
+
+
+def _triton_part(devices: list[dict[str, Any]]) -> dict[str, Any]:
+    # Devices are numbered as torch numbers them.
+    reasons = [triton.why_not(torch.device("cuda", index)) for index in range(len(devices))]
+    runnable = [
+        device["name"] for device, reason in zip(devices, reasons, strict=True) if not reason
+    ]
+    why_not = "" if runnable else (reasons[0] if reasons else triton.why_not())
+    return {"active": bool(runnable), "detail": ", ".join(runnable), "why_not": why_not}
 
 
 def _cuda_part(devices: list[dict[str, Any]]) -> dict[str, Any]:
