@@ -1,19 +1,22 @@
 """What BlockDrop has to beat: the complete ResNet in other engines, and the authors' way.
 
-All run the same folded weights. ONNX Runtime and OpenVINO are optional (the extra
-``[baselines]``) and imported only when they are asked for.
+All run the same folded weights; on a GPU cuDNN tries its algorithms for them. ONNX Runtime and
+OpenVINO are optional (the extra ``[baselines]``) and imported only when they are asked for.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockdrop_fast.blockdrop import BlockDrop
+from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.folding import FoldedConv, FoldedNetwork
 from blockdrop_fast.models import AveragePoolShortcut, ResNet, SubsampleShortcut
 
@@ -77,17 +80,112 @@ def _conv_module(folded: FoldedConv) -> nn.Conv2d:
     return module
 
 
+@contextmanager
+def _cudnn_tries_algorithms() -> Iterator[None]:
+    """Let cuDNN time its algorithms for each new shape, and take the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def torch_eager(network: FoldedNetwork) -> Call:
     """The complete ResNet in eager PyTorch, folded and channels-last."""
     module = FoldedResNet(network).eval()
-    return lambda images, _: module(images)
+
+    def call(images: Tensor, _: Tensor) -> Tensor:
+        with _cudnn_tries_algorithms():
+            return module(images)
+
+    return call
 
 
-def torch_compiled(network: FoldedNetwork) -> Call:
-    """The same under ``torch.compile`` with frozen weights, one compilation a batch size."""
+def torch_compiled(network: FoldedNetwork, images: Tensor) -> Call:
+    """The same under ``torch.compile`` with frozen weights, one compilation a batch size.
+
+    On a GPU with what ``mode="max-autotune"`` stands for, CUDA graphs among it. Frozen weights
+    and max-autotune together turn 1x1 convolutions into matrix products.
+
+    Args:
+        network: folded.
+        images: (B, 3, H, W); on a GPU it compiles for this shape at once, which takes minutes.
+    """
+    # Compilations of one function are limited, whatever module they are for; beyond the limit it
+    # would silently run eagerly.
+    torch.compiler.reset()
     module = FoldedResNet(network).eval()
-    compiled = torch.compile(module, dynamic=False, options={"freezing": True})
-    return lambda images, _: compiled(images)
+    options: dict[str, bool] = {"freezing": True}
+    if images.device.type == "cuda":
+        options |= {
+            "max_autotune": True,
+            "coordinate_descent_tuning": True,
+            "triton.cudagraphs": True,
+        }
+    compiled = torch.compile(module, dynamic=False, options=options)
+
+    def call(images: Tensor, _: Tensor) -> Tensor:
+        return compiled(images)
+
+    if images.device.type == "cuda":
+        with torch.inference_mode(), _cudnn_tries_algorithms():
+            for _ in range(3):  # compiles; captures the graph; replays it
+                call(images, None)
+    return call
+
+
+def cudnn_graph(network: FoldedNetwork, images: Tensor) -> Call:
+    """The complete ResNet as one captured CUDA graph of cuDNN's fused convolutions.
+
+    Args:
+        network: folded, on a GPU.
+        images: (B, 3, H, W), whose shape is captured.
+
+    Raises:
+        UnavailableError: not on a GPU.
+    """
+    if images.device.type != "cuda":
+        raise UnavailableError(f"captures a CUDA graph, which needs a GPU, not {images.device}")
+    executor = DenseExecutor(network)
+    replay = captured(lambda images, _: executor.run(images), images, None)
+    return lambda images, _: replay(images, None)
+
+
+def captured(
+    run: Callable[[Tensor, Tensor | None], Tensor], images: Tensor, decisions: Tensor | None
+) -> Call:
+    """A function as a CUDA graph; cuDNN tries its algorithms before it is captured.
+
+    A call copies its arguments into the graph's inputs, which also makes images channels-last,
+    and returns the graph's output, which the next call overwrites.
+
+    Args:
+        run: (images, decisions) -> logits, without synchronisation.
+        images, decisions: on a GPU; arguments of these shapes are captured. Without decisions
+            here, a call does not take any over.
+    """
+    with torch.cuda.device(images.device), torch.no_grad(), _cudnn_tries_algorithms():
+        static = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
+        keep = None if decisions is None else decisions.clone()
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(3):  # what is chosen or allocated at first calls is no part of a graph
+                run(static, keep)
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = run(static, keep)
+
+    def call(images: Tensor, decisions: Tensor | None) -> Tensor:
+        static.copy_(images)
+        if keep is not None:
+            keep.copy_(decisions)
+        graph.replay()
+        return logits
+
+    return call
 
 
 def onnxruntime(network: FoldedNetwork, images: Tensor) -> Call:
@@ -159,13 +257,18 @@ def _optional(package: str):
         ) from None
 
 
-def authors_way(model: BlockDrop) -> Call:
+def authors_way(model: BlockDrop, dtype: torch.dtype) -> Call:
     """The BlockDrop authors' execution: compute, then multiply by the mask.
 
     Unfolded batch norm, channels-first, a block computed for all images as soon as one keeps it:
     ``relu(residual + F(x)) * mask + residual * (1 - mask)``. The policy network runs, too; the
     decisions executed are the given ones.
+
+    Args:
+        model: in eval mode.
+        dtype: of weights and images.
     """
+    model = copy.deepcopy(model).to(dtype)
     backbone, policy = model.backbone, model.policy
 
     def call(images: Tensor, decisions: Tensor) -> Tensor:

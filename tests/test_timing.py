@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast import baselines, benchmark, timing
+from blockdrop_fast import baselines, benchmark, cli, timing
 from blockdrop_fast.folding import fold_network
 from blockdrop_fast.published import PUBLISHED, fits, published_decisions
 
@@ -81,6 +81,86 @@ def test_a_wrong_contender_is_not_timed(workload, kind, fault):
     assert timed == [32, 32]
 
 
+@pytest.mark.parametrize("fault", ["decisions", "logits", "shape"])
+def test_a_contender_that_decides_wrongly_is_not_timed(workload, fault):
+    def call(images, _):
+        logits, keep = workload.model(images)
+        if fault == "decisions":
+            keep = torch.zeros_like(keep)  # the fastest ones there are
+            logits = workload.model.backbone(images, keep)
+        if fault == "shape":
+            keep = keep[:, 1:]
+        return bdf.Output(logits + (fault == "logits"), keep)
+
+    workload = benchmark.fit_policy(workload)
+    assert workload.policy_logits.logits.max() > workload.policy_logits.tolerance
+    batches = timing.chunks(64, workload.images, workload.decisions)
+    with pytest.raises(timing.WrongLogitsError, match=r"^wrong: "):
+        timing.time_contenders(
+            [timing.Contender("wrong", call, "decides")],
+            batches,
+            workload.all_kept,
+            workload.at_decisions,
+            workload.check_own,
+        )
+
+
+def test_a_contender_that_decides_is_read_at_its_own_decisions(workload):
+    workload = benchmark.fit_policy(workload)
+    measured = benchmark.measure(workload, 32, ["eager", "gather-all", "gather-decides"], rounds=2)
+    row = measured.rows[-1]
+    with torch.no_grad():
+        decisions = workload.model(workload.images).decisions
+    cost = bdf.flops(workload.model, decisions, image_size=8).view(2, 32).mean(1)
+    assert row.flops == pytest.approx(float(cost.mean()))
+    assert row.block_usage[0] == pytest.approx(float(decisions.sum(1).double().mean()))
+    assert row.policies == len(decisions.unique(dim=0))
+    assert row.share_of_own_bound > 0
+    assert row.host_seconds is None
+
+
+def test_fitted_policy_keeps_each_block_as_often(workload):
+    fitted = benchmark.fit_policy(workload)
+    with torch.no_grad():
+        own = fitted.model(fitted.images).decisions
+        before = workload.model(workload.images).decisions
+    given = fitted.decisions
+    assert torch.equal(given, workload.decisions)
+    # An image's logit may be on the threshold.
+    assert (own.sum(0) - given.sum(0)).abs().max() <= 1
+    assert (own == given).double().mean() > (before == given).double().mean() + 0.1
+
+
+def test_fitted_policy_meets_few_policies_exactly(workload):
+    pool = torch.tensor([[0, 0, 0], [1, 0, 1], [1, 1, 1], [0, 1, 1]]).bool()
+    fitted = benchmark.fit_policy(workload.at(pool[torch.arange(64) % 4]))
+    with torch.no_grad():
+        assert torch.equal(fitted.model(fitted.images).decisions, fitted.decisions)
+
+
+def test_workloads_share_engines_and_what_is_slow_to_build(workload, monkeypatch):
+    built = []
+    slow = ("baseline", lambda *_: built.append(1) or len(built))
+    monkeypatch.setitem(benchmark.CONTENDERS, "compile", slow)
+    images = workload.images[:8]
+    assert workload.build("compile", images) == workload.first(8).build("compile", images) == 1
+    assert workload.build("compile", images[:4]) == 2
+    assert workload.engine("gather") is workload.at(~workload.decisions).engine("gather")
+    assert workload.first(8).images.shape == workload.images[:8].shape
+
+
+def test_reference_in_chunks(workload, monkeypatch):
+    whole = timing.make_reference(
+        workload.model.backbone, workload.images, workload.decisions, torch.float32
+    )
+    monkeypatch.setattr(timing, "REFERENCE_CHUNK", 24)
+    split = timing.make_reference(
+        workload.model.backbone, workload.images, workload.decisions, torch.float32
+    )
+    torch.testing.assert_close(split.logits, whole.logits, rtol=1e-12, atol=1e-12)
+    assert split.tolerance == pytest.approx(whole.tolerance, rel=0.5)
+
+
 def test_contender_names_are_unique(workload):
     right = timing.Contender("one", lambda images, _: workload.model.backbone(images), "baseline")
     batches = timing.chunks(64, workload.images, workload.decisions)
@@ -121,9 +201,17 @@ def test_every_contender_gives_right_logits(workload, name):
             call = build(workload, batches[0][0])
         except baselines.UnavailableError as error:
             pytest.skip(str(error))
-        timing.check_contender(
-            timing.Contender(name, call, kind), batches, workload.all_kept, workload.at_decisions
+        executed = timing.check_contender(
+            timing.Contender(name, call, kind),
+            batches,
+            workload.all_kept,
+            workload.at_decisions,
+            workload.check_own,
         )
+        if kind == "blockdrop":
+            assert torch.equal(executed, workload.decisions)
+        else:
+            assert (executed is None) == (kind != "decides")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +242,8 @@ def test_baselines_run_other_architectures(backbone, name):
 def test_cpu_baselines_say_why_they_cannot_run(workload):
     with pytest.raises(baselines.UnavailableError, match=r"float32 only, not on cpu in .*float64"):
         baselines.openvino(workload.folded, workload.images.double())
+    with pytest.raises(baselines.UnavailableError, match="needs a GPU, not cpu"):
+        baselines.cudnn_graph(workload.folded, workload.images)
     with pytest.raises(baselines.UnavailableError, match="no_such_package is not installed"):
         baselines._optional("no_such_package")
 
@@ -207,6 +297,12 @@ def test_measure_needs_a_baseline_and_known_names(workload):
 def test_quick_form_leaves_the_slow_cases_out():
     assert "compile" in benchmark.contender_names(quick=False)
     assert "compile" not in benchmark.contender_names(quick=True)
+    assert "cudnn-graph" not in benchmark.contender_names(quick=False)
+    on_gpu = benchmark.contender_names(quick=False, on_gpu=True)
+    assert {"cudnn-graph", "walk-decides", "gather-decides", "compile"} < set(on_gpu)
+    assert "openvino" not in on_gpu
+    (run,) = benchmark.plan_runs(["resnet101"], (), quick=True, on_gpu=True)
+    assert (run.batches, run.images) == ((1, 8, 64, 256), 256)
     small, large = benchmark.plan_runs(["resnet110", "resnet101"], (), quick=True)
     assert small.batches == (1, 8, 64)
     assert large.batches == (1, 8)
@@ -271,3 +367,20 @@ def test_command_refuses_a_bare_backbone(workload, tmp_path):
         benchmark.command(str(path), batch=(1,))
     with pytest.raises(ValueError, match="batch: expected positive"):
         benchmark.command("resnet32", batch=(0,))
+
+
+def test_command_refuses_devices_that_are_not_here(monkeypatch):
+    for device in ("abacus", "meta"):
+        with pytest.raises(ValueError, match=f"device: expected cpu or cuda, got '{device}'"):
+            benchmark.command("resnet32", device=device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device: torch .* finds no GPU here, got 'cuda'"):
+        benchmark.command("resnet32", device="cuda")
+
+
+def test_command_line_knows_the_options(workload, tmp_path, capsys):
+    path = tmp_path / "small.safetensors"
+    bdf.save(workload.model, path)
+    call = ["benchmark", "--model", str(path), "--batch", "16", "--quick", "--dtype", "bfloat16"]
+    assert cli.main([*call, "--device", "cpu", "--contenders", "eager", "gather"]) == 0
+    assert "gather" in capsys.readouterr().out
