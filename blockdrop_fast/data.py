@@ -383,7 +383,7 @@ def batches(
         loader = _file_loader(
             files, batch_size, shuffle=shuffle, drop_last=drop_last, workers=workers
         )
-        raw = iter(loader)
+        raw = _file_batches(loader)
 
     def normalised() -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in raw:
@@ -567,6 +567,16 @@ def _file_loader(
         generator=generator,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _file_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a loader's batches; an unreadable image ends them with one line that names it."""
+    try:
+        yield from loader
+    except OSError as error:
+        # A worker's error arrives as the text of its traceback, whose last line is the message.
+        message = str(error).strip().split("\n")[-1].removeprefix("OSError: ")
+        raise OSError(message) from error
 
 
 def _resize_and_center_crop(image: Image.Image) -> Image.Image:

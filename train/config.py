@@ -27,7 +27,8 @@ class Common:
     threads: int | None = None
     """CPU threads; default: torch's choice."""
     workers: int = 2
-    """Processes that read image files (data sets that do not fit in memory)."""
+    """Processes that read image files (data sets of images above 64 pixels); each keeps up to
+    two batches ready in shared memory."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of training passes; "auto" is bfloat16 autocast on a GPU that has it, else float32."""
     checkpoint_every: int = 1
@@ -115,8 +116,9 @@ class Finetune(Policy):
     """Adam, backbone. Paper: 1e-4, then 1e-5 (CIFAR); 1e-5 (ImageNet)."""
     policy_lr: float | None = None
     """Adam, policy network; default: as the backbone's."""
-    schedule: Literal["step", "one_cycle"] = "step"
-    """"step" divides by ten after 80 % of the epochs (paper); "one_cycle" warms up and anneals."""
+    schedule: Literal["step", "constant", "one_cycle"] = "step"
+    """"step" divides by ten after 80 % of the epochs (paper, CIFAR); "constant" stays (paper,
+    ImageNet); "one_cycle" warms up and anneals."""
     weight_decay: float = 0.0
     penalty: float = 5.0
     """gamma: a wrong prediction's reward is -gamma. Paper: 2, 5, 10."""
@@ -189,12 +191,18 @@ PRESETS = {"paper": {stage: config() for stage, config in STAGES.items()}, "quic
 
 
 def recipe(name: str) -> dict[str, Common]:
-    """The authors' ImageNet values for each stage ("R101"): paper, implementation details."""
+    """The paper's ImageNet values for each stage ("R101"): its implementation details.
+
+    The paper starts from a pretrained ResNet-101 (any file that ``load_backbone`` reads serves as
+    ``--backbone`` of the curriculum); ``pretrain`` is for those who have none.
+    """
     if name != "R101":
         raise ValueError(f"recipe: expected 'R101', got {name!r}")
     paper = PRESETS["paper"]
     return paper | {
         "pretrain": replace(paper["pretrain"], arch="resnet101", epochs=90, batch_size=256),
         "curriculum": replace(paper["curriculum"], epochs=45),
-        "finetune": replace(paper["finetune"], epochs=10, batch_size=320, lr=1e-5),
+        "finetune": replace(
+            paper["finetune"], epochs=10, batch_size=320, lr=1e-5, schedule="constant"
+        ),
     }

@@ -151,6 +151,8 @@ def _scheduler(
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer, optimizer.param_groups[0]["lr"], total_steps=steps, cycle_momentum=False
         )
+    if config.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     return torch.optim.lr_scheduler.StepLR(optimizer, max(1, round(0.8 * steps)), gamma=0.1)
 
 
