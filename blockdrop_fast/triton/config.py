@@ -20,8 +20,10 @@ import torch
 
 PACKAGED = Path(__file__).parent / "configs"
 
-# limits: a thread can have 255 registers; the sums of a tile may take half of them.
+# limits: a thread can have 255 registers; the sums of a tile may take half of them. The largest
+# tiles keep up to STACK_BYTES outside, which they touch once a tile, never in a loop.
 SUMS_PER_THREAD = 128
+STACK_BYTES = 160
 # limits: bytes of shared memory that a thread block can have, by compute capability.
 SHARED_BYTES = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
 # Triton's own convolutions were wrong with 8 warps where the loop over a 3x3 filter's taps is not
@@ -41,11 +43,14 @@ TILES = (
     (64, 32, 4),
     (64, 16, 4),
 )
-_TENSOR_CORE_TILES = ((128, 128, 4), (128, 64, 4), (64, 64, 4), (64, 32, 4), (64, 16, 4))
-# Without tensor cores a thread holds parts of both operands in registers, too.
-_PLAIN_TILES = ((64, 64, 4), (64, 32, 4), (64, 16, 4))
+_SMALL_TILES = ((64, 64, 4), (64, 32, 4), (64, 16, 4))
+# What the rule chooses from. Without tensor cores ("float32") a thread holds parts of both operands
+# in registers, too; wider tiles with 8 warps are for measurements to find.
 DEFAULT_TILES = {
-    name: _PLAIN_TILES if name == "float32" else _TENSOR_CORE_TILES for name in ELEMENT_SIZES
+    "float16": ((128, 128, 4), (128, 64, 4), *_SMALL_TILES),
+    "bfloat16": ((128, 128, 4), (128, 64, 4), *_SMALL_TILES),
+    "tf32": ((128, 64, 4), *_SMALL_TILES),
+    "float32": _SMALL_TILES,
 }
 
 
@@ -169,7 +174,7 @@ def default_config(
         multiprocessors: of the GPU.
         shared: bytes of shared memory that a thread block can have.
     """
-    tiles = [tile for tile in TILES if tile in DEFAULT_TILES[problem.arithmetic]]
+    tiles = DEFAULT_TILES[problem.arithmetic]
     configs = [config for tile in tiles for config in _configs(problem, tile, shared, (3, 2))[:1]]
     return next((c for c in configs if problem.tiles(c) >= multiprocessors), configs[-1])
 

@@ -18,7 +18,8 @@ from blockdrop_fast.triton.config import Config, Problem, choose_config
 # More programs than a multiprocessor holds at once, so that the last ones even out the load. With
 # more tiles than that a program computes several.
 PROGRAMS_PER_SM = 8
-INT32_LIMIT = 2**31
+# From so many elements on, offsets are computed in 64 bits.
+OFFSET_LIMIT = 2**31
 
 
 # Pointers into a plan's tensors come with any alignment; one compiled kernel serves them all.
@@ -70,7 +71,7 @@ def gathered_conv_kernel(
             image = image.to(tl.int64)
         h = pixel // W_OUT * STRIDE - PADDING
         w = pixel % W_OUT * STRIDE - PADDING
-        first_tap = x + ((image * H + h) * W + w) * C_IN  # outside of x where it is padding
+        first_tap = ((image * H + h) * W + w) * C_IN  # outside of x where it is padding
         # Bit t: tap t of this row lies within the image.
         within = valid.to(tl.int32)
         if PADDING > 0:
@@ -81,7 +82,7 @@ def gathered_conv_kernel(
                 inside = valid & (tap_h >= 0) & (tap_h < H) & (tap_w >= 0) & (tap_w < W)
                 within |= inside.to(tl.int32) << t
         x_tile = first_tap[:, None] + channels[None, :]
-        weight_tile = weight + channels[:, None] * C_OUT + n[None, :]
+        weight_tile = channels[:, None] * C_OUT + n[None, :]
 
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         # One flat loop, so that the copies into shared memory run ahead across taps.
@@ -93,28 +94,27 @@ def gathered_conv_kernel(
             weight_offset = (tap * C_IN + k) * C_OUT
             if MASK_K:
                 x_mask = x_mask & (k + channels < C_IN)[None, :]
-            a = tl.load(x_tile + offset, mask=x_mask, other=0.0)
+            a = tl.load(x + (x_tile + offset), mask=x_mask, other=0.0)
             if MASK_K or MASK_N:
                 weight_mask = (k + channels < C_IN)[:, None] & (n < C_OUT)[None, :]
-                b = tl.load(weight_tile + weight_offset, mask=weight_mask, other=0.0)
+                b = tl.load(weight + (weight_tile + weight_offset), mask=weight_mask, other=0.0)
             else:
-                b = tl.load(weight_tile + weight_offset)
+                b = tl.load(weight + (weight_tile + weight_offset))
             sums = tl.dot(a, b, sums, input_precision=PRECISION)
 
-        sums += tl.load(bias + n, mask=n < C_OUT, other=0.0)[None, :]
         target = slot
         if SCATTER:
             target = tl.load(active + slot, mask=valid, other=0)
         if WIDE:
             target = target.to(tl.int64)
-        out_tile = out + ((target * PIXELS + pixel) * C_OUT)[:, None] + n[None, :]
+        out_tile = ((target * PIXELS + pixel) * C_OUT)[:, None] + n[None, :]
         out_mask = valid[:, None] & (n < C_OUT)[None, :]
+        sums += tl.load(bias + n, mask=n < C_OUT, other=0.0)[None, :]
         if SCATTER:
             # Only this program has this tile, and an image is active once: no race.
-            sums += tl.load(out_tile, mask=out_mask, other=0.0).to(tl.float32)
-        # Unlike a maximum of two numbers, this keeps NaN, as torch does.
-        sums = tl.where(sums < 0.0, 0.0, sums)
-        tl.store(out_tile, sums.to(out.dtype.element_ty), mask=out_mask)
+            sums += tl.load(out + out_tile, mask=out_mask, other=0.0).to(tl.float32)
+        sums = tl.maximum(sums, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(out + out_tile, sums.to(out.dtype.element_ty), mask=out_mask)
 
 
 def launch_gathered_conv(
@@ -143,7 +143,7 @@ def launch_gathered_conv(
     pixels = out.shape[2] * out.shape[3]
     if len(active) == 0 or pixels == 0 or out.shape[1] == 0:
         return
-    if len(active) * pixels >= INT32_LIMIT:
+    if len(active) * pixels >= 2**31:
         raise ValueError(
             f"active: expected fewer than 2**31 pixels of out, got {len(active)} images of {pixels}"
         )
@@ -170,7 +170,7 @@ def launch_gathered_conv(
             STRIDE=stride,
             GATHER=gather,
             SCATTER=scatter,
-            WIDE=max(x.numel(), out.numel()) >= INT32_LIMIT,
+            WIDE=max(x.numel(), out.numel()) >= OFFSET_LIMIT,
             PRECISION="ieee" if problem.arithmetic == "float32" else "tf32",
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
