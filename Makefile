@@ -22,7 +22,8 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test sanitize bench lint format clean check-cuda-build gpu-check
+.PHONY: help install demo test sanitize bench lint format clean check-cuda-build gpu gpu-check \
+    gpu-bench
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
@@ -77,8 +78,15 @@ format: install ## put all sources into format
 check-cuda-build: ## build and test the CUDA wheel, no GPU needed (10 minutes, downloads 5 GB)
 	PYTHON=$(PYTHON) .ci/check-cuda-build
 
-gpu-check: ## on a machine with a GPU: build with the installed torch, GPU tests, sanitizer
+gpu: ## on a machine with a GPU, no network needed: gpu-check, then gpu-bench
+	$(MAKE) gpu-check
+	$(MAKE) gpu-bench
+
+gpu-check: ## build with the torch installed there, GPU tests, sanitizer (8 minutes)
 	PYTHON=$(PYTHON) .ci/gpu-check
+
+gpu-bench: ## the GPU's figures, and which targets they meet (8 minutes; again: goes on)
+	PYTHON=$(PYTHON) .ci/gpu-bench
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info blockdrop_fast/_C.*.so blockdrop_fast/_build_record.json
