@@ -100,6 +100,10 @@ class Crossover:
             for cell in cells
         )
 
+    def walk_loses_somewhere(self) -> bool:
+        """Whether there is a batch size at which the walk was measured and did not win."""
+        return any(self.walk_wins(batch) is False for batch in {cell.batch for cell in self.cells})
+
     def _nearest(self, batch: int) -> list[Cell]:
         if batch < 1:
             raise ValueError(f"batch: expected at least 1, got {batch}")

@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blockdrop_fast import triton
+from blockdrop_fast import crossover, triton
 from blockdrop_fast._extension import build_record, extension_status
 from blockdrop_fast.blockdrop import BlockDrop, Output
+from blockdrop_fast.crossover import Crossover
 from blockdrop_fast.decisions import check_decisions, check_images
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
@@ -24,7 +25,7 @@ from blockdrop_fast.executors.gather_graph import GraphGatherExecutor
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
 from blockdrop_fast.folding import FoldedNetwork, fold_network
-from blockdrop_fast.models import ResNet
+from blockdrop_fast.models import ResNet, ResNetConfig
 from blockdrop_fast.policy import decide
 
 Strategy = Literal["auto", "walk", "gather", "dense"]
@@ -36,6 +37,7 @@ GPU_UNPROVEN = (
     "our GPU kernels have not run on a GPU yet: plain PyTorch; "
     "strategy='walk' and strategy='gather' ask for them"
 )
+ASKED_FOR = "asked for"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -78,6 +80,8 @@ class Engine:
         self._asked = strategy
         self._validate = validate
         self._copy_counts = copy_counts
+        self._table_key: tuple[ResNetConfig, torch.dtype, torch.device] | None = None
+        self._table: Crossover | None = None
         self.refresh()
 
     def refresh(self) -> None:
@@ -97,7 +101,8 @@ class Engine:
             policy = fold_network(self.model.policy.network, self.dtype)
             # The policy network runs complete: by the walk where that serves it, else densely.
             if isinstance(self._executor, Walk):
-                self._policy, _ = _walk_or(DenseExecutor, policy)
+                walk, _ = _find_walk(policy)
+                self._policy = DenseExecutor(policy) if walk is None else walk
                 self._decides_itself = self._policy_pool == 1 and _accepts(self._executor, policy)
             else:
                 self._policy = DenseExecutor(policy)
@@ -108,15 +113,38 @@ class Engine:
 
     def _choose_executor(self, network: FoldedNetwork) -> tuple[Executor, str]:
         """What executes the backbone, and why."""
-        on_gpu = self.device.type == "cuda"
-        if self._asked == "auto" and on_gpu:
+        self._where_walk_loses = None
+        if self._asked == "auto" and self.device.type == "cuda":
             return GatherExecutor(network), GPU_UNPROVEN
-        if self._asked == "auto":
-            return _walk_or(GatherExecutor, network)
-        if self._asked == "gather" and on_gpu:
-            return _make_gpu_gather(network, self._copy_counts)
-        makers = {"walk": _make_walk, "gather": GatherExecutor, "dense": DenseExecutor}
-        return makers[self._asked](network), "asked for"
+        if self._asked == "walk":
+            return _make_walk(network), ASKED_FOR
+        if self._asked == "dense":
+            return DenseExecutor(network), ASKED_FOR
+        table = self._crossover()
+        if self._asked == "gather":
+            gather, remark = _make_gather(network, table, self._copy_counts)
+            return gather, f"{ASKED_FOR}{remark}"
+        walk, reason = _find_walk(network)
+        if walk is None:
+            gather, remark = _make_gather(network, table, self._copy_counts)
+            return gather, f"{reason}{remark}"
+        if table is not None and table.walk_loses_somewhere():
+            self._where_walk_loses, remark = _make_gather(network, table, self._copy_counts)
+            reason = f"{reason}, but for batch sizes at which gather was faster{remark}"
+        return walk, reason
+
+    def _executor_for(self, batch: int) -> Executor:
+        loses = self._where_walk_loses is not None and batch > 0
+        if loses and self._table.walk_wins(batch) is False:
+            return self._where_walk_loses
+        return self._executor
+
+    def _crossover(self) -> Crossover | None:
+        """The measured table for this network here; read again only when one of these changes."""
+        key = (self.config, self.dtype, self.device)
+        if self._table_key != key:
+            self._table_key, self._table = key, crossover.load(*key)
+        return self._table
 
     @property
     def backbone(self) -> ResNet:
@@ -137,7 +165,8 @@ class Engine:
             TypeError, ValueError: see ``blockdrop_fast.decisions.check_images``.
         """
         self._check(images)
-        if self._decides_itself and images.shape[0] > 0:
+        decides_itself = self._decides_itself and images.shape[0] > 0
+        if decides_itself and self._executor_for(images.shape[0]) is self._executor:
             self._check_policy_size(images)
             logits, decisions, *_ = self._executor.run_policy(images)
             return Output(logits, decisions)
@@ -246,7 +275,7 @@ class Engine:
     def _execute(self, images: Tensor, decisions: Tensor) -> Tensor:
         if images.shape[0] == 0:
             return images.new_zeros((0, self.config.num_classes), dtype=self._logits_dtype)
-        return self._executor.run(images, decisions)
+        return self._executor_for(images.shape[0]).run(images, decisions)
 
 
 def _check_device(model: BlockDrop | ResNet, device: torch.device) -> None:
@@ -266,17 +295,23 @@ def _strategy_of(executor: Executor) -> Strategy:
     return "dense" if isinstance(executor, DenseExecutor) else "gather"
 
 
-def _make_gpu_gather(
-    network: FoldedNetwork, copy_counts: bool
+def _make_gather(
+    network: FoldedNetwork, table: Crossover | None, copy_counts: bool
 ) -> tuple[GraphGatherExecutor | GatherExecutor, str]:
-    """Gather by our own kernels, recorded; where they cannot run, by PyTorch's."""
+    """The gather executor for the network's device and precision, and what to remark of it."""
+    rule, remark = {}, ""
+    if table is not None:
+        rule, remark = {"dense_from": table.dense_from}, f" (measured: {table.source})"
     dtype, device = network.stem.weight.dtype, network.stem.weight.device
+    if device.type != "cuda":
+        return GatherExecutor(network, **rule), remark
     why_not = triton.why_not(device)
     if not why_not and dtype not in GRAPH_DTYPES:
         why_not = f"they do not compute in {dtype}"
     if why_not:
-        return GatherExecutor(network), f"by plain PyTorch, without kernels of ours: {why_not}"
-    return GraphGatherExecutor(network, copy_counts=copy_counts), "asked for"
+        # A table would be of the kernels that are missing.
+        return GatherExecutor(network), f"; by plain PyTorch, without our kernels: {why_not}"
+    return GraphGatherExecutor(network, copy_counts=copy_counts, **rule), remark
 
 
 def _make_walk(network: FoldedNetwork) -> Walk:
@@ -307,17 +342,14 @@ def _why_no_walk_kernels(device: torch.device) -> str:
     return ""
 
 
-def _walk_or(
-    other: type[GatherExecutor] | type[DenseExecutor], network: FoldedNetwork
-) -> tuple[Walk | GatherExecutor | DenseExecutor, str]:
-    """The walk where it serves a network here, else another executor; and why."""
-    device = network.stem.weight.device
-    if reason := _why_no_walk_kernels(device):
-        return other(network), reason
+def _find_walk(network: FoldedNetwork) -> tuple[Walk | None, str]:
+    """The walk where it serves a network here, else None; and why."""
+    if reason := _why_no_walk_kernels(network.stem.weight.device):
+        return None, reason
     try:
         executor = _make_walk(network)
     except (TypeError, ValueError) as error:
-        return other(network), str(error)
+        return None, str(error)
     if isinstance(executor, WalkHalfExecutor):
         return executor, "one kernel launch a batch; images of other sizes than 32x32 run by gather"
     return executor, "the fastest for this network on a CPU"

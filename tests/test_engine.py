@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import blockdrop_fast as bdf
+from blockdrop_fast import crossover
 from blockdrop_fast._extension import extension_status
+from blockdrop_fast.executors.gather import GatherExecutor
+from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.models import ResNet, ResNetConfig, resnet50
 from blockdrop_fast.policy import PolicyNetwork
 from blockdrop_fast.timing import make_reference
@@ -590,3 +593,55 @@ def test_failed_call_leaves_the_engine_usable(engine):
     with pytest.raises(ValueError, match="decisions"):
         engine.run(images, decisions[:1])
     check(engine, engine.run(images, decisions), images, decisions)
+
+
+def measured(batch: int, **milliseconds: float) -> list[crossover.Cell]:
+    seconds = {name: value / 1e3 for name, value in milliseconds.items()}
+    return [crossover.Cell(batch, keep, seconds) for keep in (0.5, 1.0)]
+
+
+def test_goes_by_what_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("BLOCKDROP_CACHE", str(tmp_path))
+    cells = measured(8, dense=1, gather=2) + measured(64, dense=2, gather=1)
+    path = crossover.save(BOTTLENECK, torch.float32, "cpu", cells)
+    for strategy in ("auto", "gather"):
+        engine = bdf.compile(make_network(BOTTLENECK), strategy=strategy)
+        assert engine.strategy == "gather"
+        assert str(path) in engine.strategy_reason
+        assert [engine._executor._dense_from(batch) for batch in (8, 64)] == [0.5, 2.0]
+    # Measured in another precision: not for this one.
+    assert (
+        str(path) not in bdf.compile(make_network(BOTTLENECK), dtype=torch.bfloat16).strategy_reason
+    )
+
+
+@pytest.mark.skipif(not extension_status().loaded, reason="no compiled kernels: no walk")
+def test_gathers_where_the_walk_was_measured_to_lose(monkeypatch, tmp_path):
+    monkeypatch.setenv("BLOCKDROP_CACHE", str(tmp_path))
+    cells = measured(8, dense=2, gather=1, walk=3) + measured(64, dense=3, gather=2, walk=1)
+    path = crossover.save(CIFAR, torch.float32, "cpu", cells)
+    model, images = make_model()
+    engine = bdf.compile(model)
+    assert engine.strategy == "walk"
+    assert str(path) in engine.strategy_reason
+    ran = []
+    for executor in (engine._executor, engine._where_walk_loses):
+        monkeypatch.setattr(executor, "run", _noting(executor, ran))
+    decisions = make_decisions("random", IMAGES, 5)
+    check(engine, in_batches(engine, images, decisions, 8), images, decisions)
+    assert {type(executor) for executor in ran} == {GatherExecutor}
+    output = engine(images[:8])
+    torch.testing.assert_close(output.logits, engine.run(images[:8], output.decisions))
+    ran.clear()
+    check(engine, engine.run(images, decisions), images, decisions)
+    assert {type(executor) for executor in ran} == {WalkExecutor}
+
+
+def _noting(executor, ran: list):
+    run = executor.run
+
+    def call(*arguments):
+        ran.append(executor)
+        return run(*arguments)
+
+    return call

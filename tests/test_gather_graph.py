@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import test_engine
@@ -18,7 +19,7 @@ from test_engine import (
     make_network,
 )
 
-from blockdrop_fast.engine import Engine, _make_gpu_gather, compile
+from blockdrop_fast.engine import Engine, compile
 from blockdrop_fast.executors import gather_graph
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Way, padded_batch
@@ -28,6 +29,7 @@ from blockdrop_fast.models import ResNet, ResNetConfig
 from blockdrop_fast.timing import make_reference
 
 KINDS = ["all kept", "all dropped", "one image", "random"]
+LAUNCHES = get_args(gather_graph.Launch)
 
 
 def make_executor(config=BOTTLENECK, dtype=torch.float32, **options):
@@ -49,9 +51,10 @@ def make_policy(config: ResNetConfig, images: torch.Tensor, pool: int) -> ResNet
 
 @pytest.mark.parametrize("name", ["cifar", *CUSTOM])
 @pytest.mark.parametrize("kind", KINDS)
-def test_within_tolerance(name, kind):
+@pytest.mark.parametrize("launch", ["counts", "conditional"])
+def test_within_tolerance(name, kind, launch):
     config = CUSTOM.get(name, CIFAR)
-    network, executor = make_executor(config)
+    network, executor = make_executor(config, launch=launch)
     images = make_images(config, 64)
     decisions = make_decisions(kind, 64, network.num_blocks)
     reference = make_reference(network, images, decisions, torch.float32)
@@ -60,9 +63,9 @@ def test_within_tolerance(name, kind):
 
 
 @pytest.mark.parametrize("dense_from", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("copy_counts", [True, False])
-def test_every_way_gives_the_same(dense_from, copy_counts):
-    network, executor = make_executor(dense_from=lambda batch: dense_from, copy_counts=copy_counts)
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_every_way_gives_the_same(dense_from, launch):
+    network, executor = make_executor(dense_from=lambda batch: dense_from, launch=launch)
     images = make_images(BOTTLENECK, 64)
     decisions = make_decisions("random", 64, network.num_blocks)
     reference = make_reference(network, images, decisions, torch.float32)
@@ -70,11 +73,13 @@ def test_every_way_gives_the_same(dense_from, copy_counts):
         reference.check("gather", executor.run(images, decisions))
 
 
-def test_rows_beyond_the_batch_do_not_matter():
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_beyond_the_batch_do_not_matter(launch, kind):
     """Batches of one padded size share buffers; what an earlier one left there is not read."""
-    network, executor = make_executor(CIFAR)
+    network, executor = make_executor(CIFAR, launch=launch)
     assert padded_batch(17) == padded_batch(18) == 18
-    images, decisions = make_images(CIFAR, 18), make_decisions("random", 18, 5)
+    images, decisions = make_images(CIFAR, 18), make_decisions(kind, 18, 5)
     eager = GatherExecutor(fold_network(network, torch.float32))
     poisoned = torch.full_like(images, torch.nan)
     kept = torch.ones_like(decisions)
@@ -119,6 +124,11 @@ def test_sets_share_prefixes():
     sets = torch.stack([make_decisions("random", 6, 5, seed) for seed in range(3)])
     for logits, decisions in zip(executor.run_sets(images, sets), sets, strict=True):
         torch.testing.assert_close(logits, executor.run(images, decisions))
+
+
+def test_refuses_other_launches():
+    with pytest.raises(ValueError, match=r"launch: expected one of .*got 'graph'"):
+        make_executor(launch="graph")
 
 
 def test_no_policy():
@@ -188,12 +198,6 @@ def test_in_an_engine(monkeypatch):
     model.policy = test_engine.make_policy(5, torch.randn(4, 3, 12, 12), pool=3)
     with pytest.raises(ValueError, match=r"images: .* for the policy network"):
         compile(model)(images)
-
-
-def test_engine_says_why_it_falls_back():
-    executor, reason = _make_gpu_gather(fold_network(make_network(CIFAR), torch.float32), True)
-    assert isinstance(executor, GatherExecutor)
-    assert "without kernels of ours" in reason
 
 
 class FakeGraphs:
