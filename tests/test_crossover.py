@@ -70,6 +70,8 @@ def test_the_walk_has_to_win_at_every_keep_rate():
     cells = make_cells(8, {0.25: 0.2, 0.5: 0.7}, walk=0.5)
     assert table(*cells).walk_wins(8) is False
     assert table(cells[1]).walk_wins(8) is True
+    assert table(*cells).walk_loses_somewhere()
+    assert not table(cells[1], *make_cells(64, {0.5: 0.1})).walk_loses_somewhere()
 
 
 def test_saved_tables_are_merged_and_found(cache):
