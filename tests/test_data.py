@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blockdrop_fast import data
+from blockdrop_fast import image_files
 from blockdrop_fast.data import (
     CIFAR10_CLASSES,
     IMAGENET_NORMALIZATION,
@@ -696,7 +696,7 @@ def test_random_crops_lie_within_the_stated_ranges(size, monkeypatch):
     image = Image.new("RGB", size)
     random = np.random.default_rng(0)
     for _ in range(100):
-        assert data._random_resized_crop(image, random).size == (224, 224)
+        assert image_files._random_resized_crop(image, random).size == (224, 224)
     for left, top, right, bottom in boxes:
         assert 0 <= left < right <= size[0]
         assert 0 <= top < bottom <= size[1]
