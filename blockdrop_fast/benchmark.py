@@ -24,6 +24,7 @@ from blockdrop_fast.baselines import Call, UnavailableError
 from blockdrop_fast.blockdrop import BlockDrop, Output
 from blockdrop_fast.checkpoints import load
 from blockdrop_fast.engine import Engine, compile
+from blockdrop_fast.executors.gather_graph import Launch
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.flops import DEFAULT_IMAGE_SIZE, flops
 from blockdrop_fast.folding import FoldedNetwork, fold_network
@@ -100,7 +101,7 @@ class Workload:
             )
         reference.check(name, output.logits)
 
-    def engine(self, strategy: str, copy_counts: bool = True) -> Engine:
+    def engine(self, strategy: str, launch: Launch = "counts") -> Engine:
         """The compiled model, once a strategy; see ``compile``.
 
         Raises:
@@ -111,11 +112,11 @@ class Workload:
             raise UnavailableError(f"the walk needs the compiled extension: {extension.reason}")
         if strategy == "walk" and self.images.is_cuda and not extension.build_info.get("cuda"):
             raise UnavailableError("the walk on a GPU needs CUDA kernels: see `blockdrop info`")
-        key = (strategy, copy_counts)
+        key = (strategy, launch)
         if key not in self._engines:
             try:
                 self._engines[key] = compile(
-                    self.model, dtype=self.dtype, strategy=strategy, copy_counts=copy_counts
+                    self.model, dtype=self.dtype, strategy=strategy, launch=launch
                 )
             except (TypeError, ValueError) as error:
                 raise UnavailableError(str(error)) from None
@@ -159,9 +160,9 @@ def _at_decisions(workload: Workload, _: Tensor, *, strategy: str) -> Call:
     return call
 
 
-def _decides(workload: Workload, _: Tensor, *, strategy: str, copy_counts: bool = True) -> Call:
+def _decides(workload: Workload, _: Tensor, *, strategy: str, launch: Launch = "counts") -> Call:
     """A complete BlockDrop in one call, at the decisions of its own policy network."""
-    engine = workload.engine(strategy, copy_counts)
+    engine = workload.engine(strategy, launch)
     return lambda images, _: engine(images)
 
 
@@ -187,7 +188,8 @@ CONTENDERS: dict[str, tuple[str, Callable[[Workload, Tensor], Call]]] = {
     "gather": ("blockdrop", partial(_at_decisions, strategy="gather")),
     "walk": ("blockdrop", partial(_at_decisions, strategy="walk")),
     "gather-decides": ("decides", partial(_decides, strategy="gather")),
-    "gather-waitless": ("decides", partial(_decides, strategy="gather", copy_counts=False)),
+    "gather-universal": ("decides", partial(_decides, strategy="gather", launch="universal")),
+    "gather-conditional": ("decides", partial(_decides, strategy="gather", launch="conditional")),
     "walk-decides": ("decides", partial(_decides, strategy="walk")),
     "gather-all": ("all_kept", partial(_all_kept, strategy="gather")),
     "walk-all": ("all_kept", partial(_all_kept, strategy="walk")),
@@ -196,13 +198,20 @@ SLOW_TO_BUILD = {"compile"}
 # On a GPU the policy network shares a launch, or a stream, with the backbone: what it costs shows
 # only where an engine decides for itself.
 CPU_ONLY = {"onnxruntime", "openvino"}
-GPU_ONLY = {"cudnn-graph", "gather-decides", "gather-waitless", "walk-decides"}
+GPU_ONLY = {
+    "cudnn-graph",
+    "gather-decides",
+    "gather-universal",
+    "gather-conditional",
+    "walk-decides",
+}
 # The same engine with all blocks kept, for the share of its own bound.
 OWN_COMPLETE = {
     "gather": "gather-all",
     "walk": "walk-all",
     "gather-decides": "gather-all",
-    "gather-waitless": "gather-all",
+    "gather-universal": "gather-all",
+    "gather-conditional": "gather-all",
     "walk-decides": "walk-all",
 }
 

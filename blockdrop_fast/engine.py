@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from blockdrop_fast.decisions import check_decisions, check_images
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import DTYPES as GRAPH_DTYPES
-from blockdrop_fast.executors.gather_graph import GraphGatherExecutor
+from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Launch
+from blockdrop_fast.executors.recording import why_no_switches
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
 from blockdrop_fast.folding import FoldedNetwork, fold_network
@@ -73,13 +74,13 @@ class Engine:
         dtype: torch.dtype,
         strategy: Strategy,
         validate: bool,
-        copy_counts: bool,
+        launch: Launch,
     ):
         self.model = model
         self.dtype = dtype
         self._asked = strategy
         self._validate = validate
-        self._copy_counts = copy_counts
+        self._launch = launch
         self._table_key: tuple[ResNetConfig, torch.dtype, torch.device] | None = None
         self._table: Crossover | None = None
         self.refresh()
@@ -122,14 +123,14 @@ class Engine:
             return DenseExecutor(network), ASKED_FOR
         table = self._crossover()
         if self._asked == "gather":
-            gather, remark = _make_gather(network, table, self._copy_counts)
+            gather, remark = _make_gather(network, table, self._launch)
             return gather, f"{ASKED_FOR}{remark}"
         walk, reason = _find_walk(network)
         if walk is None:
-            gather, remark = _make_gather(network, table, self._copy_counts)
+            gather, remark = _make_gather(network, table, self._launch)
             return gather, f"{reason}{remark}"
         if table is not None and table.walk_loses_somewhere():
-            self._where_walk_loses, remark = _make_gather(network, table, self._copy_counts)
+            self._where_walk_loses, remark = _make_gather(network, table, self._launch)
             reason = f"{reason}, but for batch sizes at which gather was faster{remark}"
         return walk, reason
 
@@ -296,7 +297,7 @@ def _strategy_of(executor: Executor) -> Strategy:
 
 
 def _make_gather(
-    network: FoldedNetwork, table: Crossover | None, copy_counts: bool
+    network: FoldedNetwork, table: Crossover | None, launch: Launch
 ) -> tuple[GraphGatherExecutor | GatherExecutor, str]:
     """The gather executor for the network's device and precision, and what to remark of it."""
     rule, remark = {}, ""
@@ -311,7 +312,10 @@ def _make_gather(
     if why_not:
         # A table would be of the kernels that are missing.
         return GatherExecutor(network), f"; by plain PyTorch, without our kernels: {why_not}"
-    return GraphGatherExecutor(network, copy_counts=copy_counts, **rule), remark
+    if launch == "conditional" and (why_not := why_no_switches()):
+        # What else never waits for the device.
+        launch, remark = "universal", f"{remark}; launched as 'universal': {why_not}"
+    return GraphGatherExecutor(network, launch=launch, **rule), remark
 
 
 def _make_walk(network: FoldedNetwork) -> Walk:
@@ -370,7 +374,7 @@ def compile(
     dtype: torch.dtype = torch.float32,
     strategy: Strategy = "auto",
     validate: bool = False,
-    copy_counts: bool = True,
+    launch: Launch = "counts",
 ) -> Engine:
     """Freeze a model into an engine: fold batch norm, pack weights, choose how to execute.
 
@@ -384,14 +388,18 @@ def compile(
             "auto" takes the fastest that serves the network, ``strategy_reason`` says why.
         validate: on a GPU, also check the values of images and decisions, which waits for the
             device at every call. On a CPU they always are checked.
-        copy_counts: gather on a GPU waits for K integers a call, how many images keep each
-            block: blocks that nobody keeps are not launched, and those that all keep run at the
-            vendor's speed. False: a call never waits for the device.
+        launch: of gather on a GPU. "counts": a call waits for K integers, how many images keep
+            each block; blocks that nobody keeps are not launched, and those that all keep run at
+            the vendor's speed. "universal": no call waits, and every block runs by kernels that
+            read its count on the device. "conditional": the device makes the choice of "counts"
+            itself, in a CUDA graph with conditional nodes; only the first call of a batch size
+            waits. Without CUDA 12.8 and the extension's CUDA part it is "universal", and
+            ``strategy_reason`` says so.
 
     Raises:
         TypeError: not a model of this package, a dtype that is not supported, or not by the walk.
-        ValueError: an unknown strategy, one that does not support the network, or a model that is
-            on several devices or on the meta device.
+        ValueError: an unknown strategy or launch, a strategy that does not support the network, or
+            a model that is on several devices or on the meta device.
     """
     if not isinstance(model, (BlockDrop, ResNet)):
         raise TypeError(f"model: expected BlockDrop or ResNet, got {type(model).__name__}")
@@ -401,4 +409,6 @@ def compile(
         raise ValueError(
             f"strategy: expected 'auto', 'walk', 'gather' or 'dense', got {strategy!r}"
         )
-    return Engine(model, dtype, strategy, validate, copy_counts)
+    if launch not in get_args(Launch):
+        raise ValueError(f"launch: expected one of {get_args(Launch)}, got {launch!r}")
+    return Engine(model, dtype, strategy, validate, launch)

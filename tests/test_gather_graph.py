@@ -19,7 +19,8 @@ from test_engine import (
     make_network,
 )
 
-from blockdrop_fast.engine import Engine, compile
+from blockdrop_fast import engine as engine_module
+from blockdrop_fast.engine import compile
 from blockdrop_fast.executors import gather_graph
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Way, padded_batch
@@ -38,14 +39,15 @@ def make_executor(config=BOTTLENECK, dtype=torch.float32, **options):
 
 
 def make_policy(config: ResNetConfig, images: torch.Tensor, pool: int) -> ResNet:
-    """A network with an output a block of ``config`` that keeps about half of the blocks."""
+    """An output a block of ``config``; an even number of ``images`` keep half of the blocks."""
     blocks = sum(config.layers)
     policy = make_network(
         ResNetConfig("basic", (1, 1), (8, 16), "cifar", "average_pool", blocks), seed=1
     )
     with torch.no_grad():
         pooled = torch.nn.functional.avg_pool2d(images, pool)
-        policy.fc.bias -= policy(pooled).median(0).values
+        # Between two images' logits: one at zero would keep or drop by its last bit.
+        policy.fc.bias -= policy(pooled).quantile(0.5, 0)
     return policy
 
 
@@ -178,13 +180,17 @@ def test_oldest_pattern_goes(monkeypatch):
     assert len(batch._seen) <= 2
 
 
-def test_in_an_engine(monkeypatch):
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_in_an_engine(monkeypatch, launch):
     monkeypatch.setattr(
-        Engine, "_choose_executor", lambda self, network: (GraphGatherExecutor(network), "test")
+        engine_module,
+        "_make_gather",
+        lambda network, table, launch: (GraphGatherExecutor(network, launch=launch), ""),
     )
     model, images = make_model()
-    engine = compile(model)
+    engine = compile(model, strategy="gather", launch=launch)
     assert engine.strategy == "gather"
+    assert engine._executor.launch == launch
     output = engine(images)
     assert torch.equal(output.decisions, engine.probabilities(images) >= 0.5)
     make_reference(model.backbone, images, output.decisions, torch.float32).check(
@@ -197,7 +203,24 @@ def test_in_an_engine(monkeypatch):
     # 8 x 12 suits the backbone, but not a policy network after pooling by 3.
     model.policy = test_engine.make_policy(5, torch.randn(4, 3, 12, 12), pool=3)
     with pytest.raises(ValueError, match=r"images: .* for the policy network"):
-        compile(model)(images)
+        compile(model, strategy="gather")(images)
+
+
+@pytest.mark.parametrize("why_not", ["", "they are missing"])
+def test_engine_says_why_it_is_not_conditional(monkeypatch, why_not):
+    monkeypatch.setattr(engine_module.triton, "why_not", lambda device: "")
+    monkeypatch.setattr(engine_module, "why_no_switches", lambda: why_not)
+    monkeypatch.setattr(engine_module, "GraphGatherExecutor", lambda network, launch: launch)
+    weight = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda"))
+    network = SimpleNamespace(stem=SimpleNamespace(weight=weight))
+    launch, remark = engine_module._make_gather(network, None, "conditional")
+    assert launch == ("universal" if why_not else "conditional")
+    assert remark == ("; launched as 'universal': they are missing" if why_not else "")
+
+
+def test_engine_refuses_other_launches():
+    with pytest.raises(ValueError, match=r"launch: expected one of .*got True"):
+        compile(make_model()[0], launch=True)
 
 
 class FakeGraphs:

@@ -171,7 +171,7 @@ def test_requirements_say_met_missed_or_why_not():
         "imagenet crossover": {
             "cells": [{"batch": 1, "keep": 1.0, "seconds": {"dense": 1.0, "auto": 1.1}}]
         },
-        "imagenet waits": {"gather-decides": True, "gather-waitless": "no kernels"},
+        "imagenet waits": {"gather-decides": True, "gather-universal": "no kernels"},
         "cifar waits": {"why": "broken", "failed": True},
     }
     lines = "\n".join(str(one) for one in gpu.requirements(results))
@@ -190,7 +190,7 @@ def test_requirements_say_met_missed_or_why_not():
     assert says("met", "peak reserved memory over the complete network's: 1.2")
     assert says("missed", "worst cell of the crossover map, time of auto over dense: 1.1")
     assert says("met", "gather, waits for the device in a call (the copy of K counts): 1")
-    assert says("not measured", "copy_counts=False", "no kernels")
+    assert says("not measured", "launch='universal'", "no kernels")
     assert says("not measured", "walk, waits in a call", "broken")
 
 

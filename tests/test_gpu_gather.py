@@ -6,6 +6,8 @@ captures and replays are different code.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from test_engine import make_decisions, make_network
@@ -13,7 +15,8 @@ from test_gpu import pytestmark  # noqa: F401  (the same conditions)
 
 import blockdrop_fast as bdf
 from blockdrop_fast import triton
-from blockdrop_fast.executors.gather_graph import GraphGatherExecutor
+from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Launch
+from blockdrop_fast.executors.recording import why_no_switches
 from blockdrop_fast.models import ResNetConfig
 from blockdrop_fast.policy import PolicyNetwork
 from blockdrop_fast.timing import make_reference
@@ -21,6 +24,7 @@ from blockdrop_fast.timing import make_reference
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BOTTLENECK = ResNetConfig("bottleneck", (2, 3, 2), (16, 32, 64), "imagenet", "projection", 10)
 BASIC = ResNetConfig("basic", (2, 2, 3), (16, 32, 64), "cifar", "average_pool", 10)
+LAUNCHES = get_args(Launch)
 CALLS = 5  # the universal way, the pattern's own, its capture, replays
 
 
@@ -49,6 +53,7 @@ def make_model(config=BOTTLENECK, pool: int = 2):
 def make_engine(config=BOTTLENECK, dtype=torch.bfloat16, **options):
     engine = bdf.compile(make_model(config), dtype=dtype, strategy="gather", **options)
     assert isinstance(engine._executor, GraphGatherExecutor), engine.strategy_reason
+    assert engine._executor.launch == options.get("launch", "counts"), engine.strategy_reason
     return engine
 
 
@@ -56,12 +61,16 @@ def test_triton_kernels_run():
     assert triton.why_not() == ""
 
 
+def test_graphs_have_switch_nodes():
+    assert why_no_switches() == ""
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("config", [BOTTLENECK, BASIC], ids=["bottleneck", "basic"])
-@pytest.mark.parametrize("copy_counts", [True, False])
+@pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("kind", ["random", "all kept", "all dropped", "one image"])
-def test_within_tolerance(dtype, config, copy_counts, kind):
-    engine = make_engine(config, dtype, copy_counts=copy_counts)
+def test_within_tolerance(dtype, config, launch, kind):
+    engine = make_engine(config, dtype, launch=launch)
     images = make_images(64, dtype)
     decisions = make_decisions(kind, 64, engine.config.num_blocks).cuda()
     reference = make_reference(engine.backbone, images, decisions, dtype)
@@ -69,9 +78,10 @@ def test_within_tolerance(dtype, config, copy_counts, kind):
         reference.check("gather", engine.run(images, decisions))
 
 
-def test_decisions_change_from_call_to_call():
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_decisions_change_from_call_to_call(launch):
     """Graphs that were recorded for other decisions of the same pattern are right for these."""
-    engine = make_engine()
+    engine = make_engine(launch=launch)
     images = make_images(64)
     for seed in range(2 * CALLS):
         decisions = make_decisions("random", 64, engine.config.num_blocks, seed).cuda()
@@ -81,9 +91,46 @@ def test_decisions_change_from_call_to_call():
         )
 
 
+@pytest.mark.parametrize("kind", ["all kept", "all dropped", "one image", "random"])
+def test_switches_choose_by_the_counts_of_each_call(kind):
+    """One graph, first captured for other decisions, in which every block may take any body."""
+    engine = make_engine(launch="conditional")
+    images, blocks = make_images(64), engine.config.num_blocks
+    for _ in range(CALLS):
+        engine.run(images, make_decisions("random", 64, blocks).cuda())
+    (batch,) = engine._executor._batches.values()
+    graph = batch._conditional._graph
+    assert graph is not None
+    decisions = make_decisions(kind, 64, blocks, 1).cuda()
+    make_reference(engine.backbone, images, decisions, torch.bfloat16).check(
+        "gather", engine.run(images, decisions)
+    )
+    assert batch._conditional._graph is graph
+
+
+def test_bodies_of_switches_own_their_memory():
+    """What bodies allocate while they are captured is nobody else's when they run."""
+    engine = make_engine(launch="conditional")
+    images = make_images(64)
+    kept = torch.ones(64, engine.config.num_blocks, dtype=torch.bool, device="cuda")
+    reference = make_reference(engine.backbone, images, kept, torch.bfloat16)
+    for _ in range(CALLS):
+        engine.run(images, kept)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    others = []
+    while torch.cuda.memory_reserved() < before + (1 << 30):
+        others.append(torch.full((1 << 17,), torch.nan, device="cuda"))
+        others.append(torch.full((1 << 23,), torch.nan, device="cuda"))
+    reference.check("gather", engine.run(images, kept))
+    assert all(other.isnan().all() for other in others)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("batch", [1, 7, 33, 64])
-def test_policy_decides(batch):
-    engine = make_engine()
+def test_policy_decides(batch, launch):
+    engine = make_engine(launch=launch)
     for seed in range(CALLS):
         images = make_images(batch, seed=seed)
         output = engine(images)
@@ -93,8 +140,9 @@ def test_policy_decides(batch):
         )
 
 
-def test_batches_of_changing_size():
-    engine = make_engine(BASIC)
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_batches_of_changing_size(launch):
+    engine = make_engine(BASIC, launch=launch)
     images = make_images(64)
     decisions = make_decisions("random", 64, engine.config.num_blocks).cuda()
     reference = make_reference(engine.backbone, images, decisions, torch.bfloat16)
@@ -108,8 +156,9 @@ def test_batches_of_changing_size():
         reference.check("gather", logits)
 
 
-def test_never_waits_without_counts():
-    engine = make_engine(copy_counts=False)
+@pytest.mark.parametrize("launch", ["universal", "conditional"])
+def test_never_waits_without_counts(launch):
+    engine = make_engine(launch=launch)
     images = make_images(64)
     for _ in range(3):
         engine(images)
@@ -121,9 +170,10 @@ def test_never_waits_without_counts():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("warm", [True, False])
-def test_captured_in_a_graph_of_the_caller(warm):
-    engine = make_engine()
+def test_captured_in_a_graph_of_the_caller(warm, launch):
+    engine = make_engine(launch=launch)
     images = make_images(64)
     for _ in range(CALLS if warm else 1):
         engine(images)
@@ -140,8 +190,9 @@ def test_captured_in_a_graph_of_the_caller(warm):
         assert torch.equal(captured.decisions, engine(images).decisions)
 
 
-def test_runs_on_the_current_stream():
-    engine = make_engine()
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_runs_on_the_current_stream(launch):
+    engine = make_engine(launch=launch)
     images = make_images(64)
     for _ in range(CALLS):
         expected = engine(images).logits.clone()
@@ -159,8 +210,9 @@ def test_runs_on_the_current_stream():
     assert torch.equal(again, expected)
 
 
-def test_refresh_takes_over_weights():
-    engine = make_engine()
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_refresh_takes_over_weights(launch):
+    engine = make_engine(launch=launch)
     images = make_images(8)
     for _ in range(CALLS):
         before = engine(images).logits

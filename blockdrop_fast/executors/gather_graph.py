@@ -3,20 +3,27 @@
     images -> policy network -> decisions -> plan -> counts to the host    (a stream of its own)
     images -> stem ------------------------------------------------------> blocks -> logits
 
-A block can be run in four ways. The counts of active images say which one is best, and they are
-all that the host waits for: K integers, copied while the stem still runs. A pattern of ways that
-comes back gets a graph of its own. Until then a batch runs by the universal graph, in which the
-kernels read all counts on the device.
+A block can be run in four ways, and the counts of active images say which one is best. How they
+get to say it is a choice of launch:
+
+* "counts": the host waits for them, K integers, copied while the stem still runs. A pattern of ways
+  that comes back gets a graph of its own; until then a batch runs by the universal graph.
+* "universal": nobody asks. One graph for all batches of a size, in which every block gathers, by
+  kernels that read its count on the device.
+* "conditional": the device chooses. One graph for all batches of a size, in which every block is a
+  switch node.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import IntEnum
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +31,21 @@ from torch import Tensor
 
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
-from blockdrop_fast.executors.layers import Layers
-from blockdrop_fast.executors.recording import CallOrder, Recorded, SideStream, is_capturing
+from blockdrop_fast.executors.layers import Conv, Layers
+from blockdrop_fast.executors.recording import (
+    CallOrder,
+    Recorded,
+    SideStream,
+    Switches,
+    is_capturing,
+    why_no_switches,
+)
 from blockdrop_fast.folding import FoldedBlock, FoldedConv, FoldedNetwork
 from blockdrop_fast.ops.gathered_conv import gathered_conv_, pack_conv
 from blockdrop_fast.ops.plan import plan
 from blockdrop_fast.policy import decide
 
+Launch = Literal["counts", "universal", "conditional"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Patterns with a graph of their own, for each batch size. A policy trained for ImageNet has some
 # ten policies, and at larger batches most blocks are run in the same way by each batch.
@@ -58,18 +73,20 @@ class GraphGatherExecutor:
         network: folded, of any architecture; float32, float16 or bfloat16.
         dense_from: images of a batch -> the share of active ones from which a block runs on all
             of them, masked; above 1: never.
-        copy_counts: whether the host may wait for the counts of active images; otherwise it never
-            waits for the device, and all batches run by the universal graph.
+        launch: how a block's way is chosen, see above. Only "counts" waits for the device at every
+            call; "conditional" does at the first call of a batch size. Where somebody else captures
+            a call in a graph, "counts" is "universal".
 
     Raises:
         TypeError: weights of another dtype.
+        ValueError: another launch, or "conditional" on a GPU where there are no switch nodes.
     """
 
     def __init__(
         self,
         network: FoldedNetwork,
         dense_from: Callable[[int], float] = lambda batch: 2.0,
-        copy_counts: bool = True,
+        launch: Launch = "counts",
     ):
         self.dtype = network.stem.weight.dtype
         if self.dtype not in DTYPES:
@@ -77,12 +94,19 @@ class GraphGatherExecutor:
         self.device = network.stem.weight.device
         self.num_blocks = network.config.num_blocks
         self.dense_from = dense_from
-        self.copy_counts = copy_counts
+        if launch not in get_args(Launch):
+            raise ValueError(f"launch: expected one of {get_args(Launch)}, got {launch!r}")
+        self.launch = launch
         self.layers = Layers(network)
         self.gathered = [_GatheredBlock(block) for block in network.blocks]
         self.policy: DenseExecutor | None = None
         self.policy_pool = 1
         on_gpu = self.device.type == "cuda"
+        self.switches: Switches | None = None
+        if launch == "conditional":
+            if on_gpu and (why_not := why_no_switches()):
+                raise ValueError(f"launch: 'conditional' is not available: {why_not}")
+            self.switches = Switches(self.device)
         # Graphs of one stream never run at the same time and share memory; the side stream's do.
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.side_pool = torch.cuda.graph_pool_handle() if on_gpu else None
@@ -156,12 +180,14 @@ class _Batch:
         self._decisions = torch.zeros(rows, blocks, dtype=torch.bool, device=device)
         self._indices = empty((blocks, rows), dtype=torch.int32)
         self._counts = empty((blocks,), dtype=torch.int32)
+        self._all_from = torch.ones(1, dtype=torch.int32, device=device)
         self._host_counts = torch.empty(blocks, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._x: Tensor | None = None  # output of the stem
         self._stem = Recorded(self._run_stem, executor.pool)
         self._decide = Recorded(self._run_policy, executor.side_pool)
         self._plan = Recorded(self._run_plan, executor.side_pool)
         self._universal = Recorded(partial(self._run_blocks, None), executor.pool)
+        self._conditional = Recorded(self._run_switched_blocks, executor.pool)
         self._patterns: OrderedDict[tuple[Way, ...], Recorded[Tensor]] = OrderedDict()
         self._seen: Counter[tuple[Way, ...]] = Counter()
 
@@ -175,8 +201,8 @@ class _Batch:
             else:
                 self._plan()
         self._x = self._stem()
-        blocks = self._universal
-        if executor.copy_counts and not is_capturing(executor.device):
+        blocks = self._conditional if executor.launch == "conditional" else self._universal
+        if executor.launch == "counts" and not is_capturing(executor.device):
             executor.side.wait()
             blocks = self._blocks_for(self._ways(batch))
         executor.side.join()
@@ -189,14 +215,15 @@ class _Batch:
         if batch != self._num_images or is_capturing(self._executor.device):
             self._is_image[:batch].fill_(True)
             self._is_image[batch:].fill_(False)
+            self._all_from.fill_(_all_from(batch, self._executor.dense_from(batch)))
             self._num_images = batch
         if decisions is not None:
             self._decisions[:batch].copy_(decisions)
             self._decisions[batch:].fill_(False)
 
     def _ways(self, batch: int) -> tuple[Way, ...]:
-        dense = self._executor.dense_from(batch) * batch
-        return tuple(_way(count, batch, dense) for count in self._host_counts.tolist())
+        all_from = _all_from(batch, self._executor.dense_from(batch))
+        return tuple(_way(count, batch, all_from) for count in self._host_counts.tolist())
 
     def _blocks_for(self, ways: tuple[Way, ...]) -> Recorded[Tensor]:
         """The pattern's own graph from its second sighting on, before that the universal one."""
@@ -252,13 +279,37 @@ class _Batch:
                 x = block.kept(x, shortcut)
         return executor.layers.classifier(x)
 
+    def _run_switched_blocks(self) -> Tensor:
+        """All blocks and the classifier, each block in the way that its count asks for."""
+        executor, x = self._executor, self._x
+        executor.switches.set(self._counts, self._all_from)
+        for k, (block, gathered) in enumerate(
+            zip(executor.layers.blocks, executor.gathered, strict=True)
+        ):
+            shortcut = block.shortcut(x)
+            # Allocated here, as the switch's bodies have no part in the memory of this graph.
+            hidden = gathered.empty_hidden(x)
+            arguments = (x, shortcut, self._indices[k])
+            executor.switches.run(
+                k,
+                partial(gathered.run, *arguments, hidden=hidden),
+                partial(gathered.run_on_all, *arguments),
+            )
+            x = shortcut
+        return executor.layers.classifier(x)
 
-def _way(count: int, batch: int, dense: float) -> Way:
+
+def _all_from(batch: int, dense_from: float) -> int:
+    """The count of active images from which a block runs on all images."""
+    return max(1, math.ceil(min(dense_from, 1.0) * batch))
+
+
+def _way(count: int, batch: int, all_from: int) -> Way:
     if count == 0:
         return Way.NONE
     if count == batch:
         return Way.ALL
-    return Way.MASKED if count >= dense else Way.SOME
+    return Way.MASKED if count >= all_from else Way.SOME
 
 
 class _GatheredBlock:
@@ -266,8 +317,24 @@ class _GatheredBlock:
 
     def __init__(self, folded: FoldedBlock):
         self._convs = [_PackedConv(conv) for conv in folded.convs]
+        self._vendor_convs = [Conv(conv) for conv in folded.convs[:-1]]
 
-    def run(self, x: Tensor, shortcut: Tensor, active: Tensor, count: Tensor) -> Tensor:
+    def empty_hidden(self, x: Tensor) -> list[Tensor]:
+        """Uninitialised outputs of all convolutions but the last, (R, C', H', W') each."""
+        hidden = []
+        for conv in self._convs[:-1]:
+            x = conv.empty_output(x)
+            hidden.append(x)
+        return hidden
+
+    def run(
+        self,
+        x: Tensor,
+        shortcut: Tensor,
+        active: Tensor,
+        count: Tensor,
+        hidden: list[Tensor] | None = None,
+    ) -> Tensor:
         """Add to rows of ``shortcut``.
 
         Args:
@@ -276,16 +343,27 @@ class _GatheredBlock:
             shortcut: (R, C', H', W') channels-last.
             active: (R,) int32, the active rows, then -1.
             count: (1,) int32, how many there are.
+            hidden: what ``empty_hidden`` gave, to compute in; None: allocated here, one by one.
 
         Returns:
             ``shortcut``, now relu(shortcut + F_k(x)) in its active rows.
         """
         *first, last = self._convs
         for index, conv in enumerate(first):
-            hidden = conv.empty_output(x)
-            conv.run(hidden, x, active, count, gather=index == 0)
-            x = hidden
+            out = conv.empty_output(x) if hidden is None else hidden[index]
+            conv.run(out, x, active, count, gather=index == 0)
+            x = out
         last.run(shortcut, x, active, count, scatter=True)
+        return shortcut
+
+    def run_on_all(self, x: Tensor, shortcut: Tensor, active: Tensor, count: Tensor) -> Tensor:
+        """The same, with the vendor's convolutions of all rows of x up to the last one.
+
+        That one is ours, as no vendor adds to a residual in place and in some rows only.
+        """
+        for conv in self._vendor_convs:
+            x = conv.relu(x)
+        self._convs[-1].run(shortcut, x, active, count, gather=True, scatter=True)
         return shortcut
 
 
