@@ -39,6 +39,7 @@ SIMT = ROOT / "tests" / "simt"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 DTYPES = [torch.bfloat16, torch.float16]
 IMAGES = 64  # the tolerance means something from here on
+CLUSTERS = 0  # "thread blocks" that stand for a cluster an image, as for small batches
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(CXX[0]) is None or sys.platform != "linux",
@@ -125,13 +126,28 @@ def compile_for_cpu(source: str, output: Path, *flags: str) -> Path:
     return output
 
 
-@pytest.fixture(scope="module", params=["stmatrix", "without stmatrix"])
-def simulator(request, tmp_path_factory) -> Simulator:
-    """The device code as for sm_90, and as for sm_80."""
-    stmatrix = int(request.param == "stmatrix")
-    library = tmp_path_factory.mktemp("simt") / f"walk{stmatrix}.so"
-    flags = ("-shared", "-fPIC", f"-DSIMT_HAS_STMATRIX={stmatrix}")
-    return Simulator(compile_for_cpu("walk_on_cpu.cpp", library, *flags))
+@pytest.fixture(scope="module")
+def simulators(tmp_path_factory):
+    """stmatrix -> the device code as for sm_90, which has that instruction, or as for sm_80."""
+
+    @functools.cache
+    def make(stmatrix: bool) -> Simulator:
+        library = tmp_path_factory.mktemp("simt") / f"walk{int(stmatrix)}.so"
+        flags = ("-shared", "-fPIC", f"-DSIMT_HAS_STMATRIX={int(stmatrix)}")
+        return Simulator(compile_for_cpu("walk_on_cpu.cpp", library, *flags))
+
+    return make
+
+
+@pytest.fixture(params=[True, False], ids=["stmatrix", "without stmatrix"])
+def simulator(request, simulators) -> Simulator:
+    return simulators(request.param)
+
+
+@pytest.fixture
+def sm90(simulators) -> Simulator:
+    """Only sm_90 has clusters."""
+    return simulators(True)
 
 
 def make_executor(network: ResNet, dtype, policy=None) -> WalkHalfExecutor:
@@ -198,18 +214,23 @@ def test_deep_network_of_one_image(simulator, keep):
     assert_right(logits, network, images, decisions, tolerance_of(network, torch.bfloat16))
 
 
+def make_deciding(dtype, policy_layers):
+    """Backbone, policy network, their executor and images for which it keeps and drops."""
+    network = make_network((1, 1, 1), "subsample", num_classes=1)
+    policy = make_policy(3)
+    policy.network = make_network(policy_layers, "average_pool", 3, seed=1)
+    images = make_images(8, dtype)
+    with torch.no_grad():  # policy logits around zero
+        policy.network.fc.bias -= policy.logits(images.float()).median(0).values
+    return network, policy, make_executor(network, dtype, policy), images
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("policy_layers", [(1, 1, 1), (2, 1, 2)])
 def test_policy_decides(simulator, dtype, policy_layers):
     """Also a policy network of more blocks than the backbone has."""
-    network = make_network((1, 1, 1), "subsample", num_classes=1)
-    policy = make_policy(3)
-    policy.network = make_network(policy_layers, "average_pool", 3, seed=1)
-    images = make_images(8, dtype)
-    with torch.no_grad():  # policy logits around zero, so that it keeps and drops
-        policy.network.fc.bias -= policy.logits(images.float()).median(0).values
-    executor = make_executor(network, dtype, policy)
+    network, policy, executor, images = make_deciding(dtype, policy_layers)
     logits, decisions, policy_logits = simulator.walk_policy(
         images, executor._network, executor._policy, thread_blocks=3
     )
@@ -236,6 +257,60 @@ def test_same_logits_whoever_walks(simulator):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "shortcut"), [(torch.bfloat16, "average_pool"), (torch.float16, "subsample")]
+)
+def test_clusters_on_every_path(sm90, dtype, shortcut):
+    """The bits of one thread block an image: sums are added in the same order."""
+    packed = make_executor(shared_network((1, 2, 1), shortcut, 7), dtype)._network
+    images = make_images(1, dtype)
+    decisions = torch.tensor(list(itertools.product([False, True], repeat=4)))[:, None]
+    logits = torch.stack([
+        sm90.walk(images, one, packed, thread_blocks=CLUSTERS) for one in decisions
+    ])  # fmt: skip
+    assert torch.equal(logits, sm90.walk(images, decisions, packed, thread_blocks=3))
+    reference = walk_half_reference(images, decisions, *packed)
+    assert (logits - reference).abs().max() <= 4 * torch.finfo(dtype).eps * reference.abs().max()
+
+
+@needs_compiler
+def test_cluster_in_a_deep_network(sm90):
+    """Gaps of dropped blocks, and more classes than a thread block has threads."""
+    network = shared_network((13, 12, 12), "average_pool", 300)
+    decisions = random_decisions(torch.Generator().manual_seed(5), 1, 37)
+    images = make_images(1)
+    packed = make_executor(network, torch.bfloat16)._network
+    logits = sm90.walk(images, decisions, packed, thread_blocks=CLUSTERS)
+    assert_right(logits, network, images, decisions, tolerance_of(network, torch.bfloat16))
+
+
+@needs_compiler
+def test_clusters_decide_alike(sm90):
+    """Every thread block of a cluster computes the decisions; several clusters."""
+    *_, executor, images = make_deciding(torch.bfloat16, (2, 1, 2))
+    networks = (executor._network, executor._policy)
+    results = sm90.walk_policy(images[:3], *networks, thread_blocks=CLUSTERS)
+    for result, expected in zip(results, sm90.walk_policy(images[:3], *networks), strict=True):
+        assert torch.equal(result, expected)
+    assert 0 < results[1].float().mean() < 1
+
+
+@needs_compiler
+def test_clusters_take_images_in_order(sm90):
+    """Sets of decisions, an order, and NaN in one image."""
+    packed = make_executor(shared_network((1, 2, 1), "average_pool", 7), torch.float16)._network
+    images = make_images(2, torch.float16)
+    images[1, 2, 31, 4] = torch.nan
+    decisions = random_decisions(torch.Generator().manual_seed(2), 4, 4).view(2, 2, 4)
+    order = torch.tensor([2, 0, 3, 1], dtype=torch.int32)
+    logits = sm90.walk(images, decisions, packed, thread_blocks=CLUSTERS, order=order)
+    expected = sm90.walk(images, decisions, packed)
+    assert torch.equal(logits.nan_to_num(7), expected.nan_to_num(7))
+    assert logits[:, 0].isfinite().all()
+    assert logits[:, 1].isnan().any()
+
+
+@needs_compiler
 def test_nan_stays_with_its_image(simulator):
     packed = make_executor(make_network((1, 1, 1)), torch.bfloat16)._network
     images = make_images(3)
@@ -257,6 +332,13 @@ def test_nan_stays_with_its_image(simulator):
     ("out-of-bounds", "access out of bounds"),
     ("misaligned", "misaligned access"),
     ("copy-not-awaited", "read NaN"),
+    ("write-before-begin", "may not have begun"),
+    ("no-such-block", "no such thread block"),
+    ("arrives-twice", "arrives twice"),
+    ("write-before-waiting", "between the same barriers"),
+    ("remote-read-without-barrier", "read of what another warp writes"),
+    ("remote-write-without-barrier", "write to what another warp reads"),
+    ("exit-too-early", "exit while others may still write"),
 ])  # fmt: skip
 def test_the_shim_finds_faults(fault, message, tmp_path_factory):
     program = tmp_path_factory.getbasetemp() / "simt_faults"

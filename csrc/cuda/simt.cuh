@@ -16,8 +16,10 @@ namespace blockdrop::simt {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasStmatrix = false;
+constexpr bool kHasClusters = false;
 #else
 constexpr bool kHasStmatrix = true;
+constexpr bool kHasClusters = true;
 #endif
 
 constexpr int kLanes = 32;
@@ -36,6 +38,7 @@ BLOCKDROP_DEVICE int lane_index() { return thread_index() % kLanes; }
 BLOCKDROP_DEVICE int block_index() { return blockIdx.x; }
 BLOCKDROP_DEVICE int num_thread_blocks() { return gridDim.x; }
 BLOCKDROP_DEVICE void sync_threads() { __syncthreads(); }
+BLOCKDROP_DEVICE void sync_warp() { __syncwarp(); }
 
 BLOCKDROP_DEVICE unsigned ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
 BLOCKDROP_DEVICE uint32_t shuffle(uint32_t value, int lane) {
@@ -75,6 +78,52 @@ BLOCKDROP_DEVICE void copy_async(uint32_t offset, const void* source) {
 }
 // Waits for all copies that this thread started. Others see them after the next barrier.
 BLOCKDROP_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Makes a group of the copies started since the last one; it may have none.
+BLOCKDROP_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups of copies but the last `kPending`.
+template <int kPending>
+BLOCKDROP_DEVICE void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ------------------------------------------------------------------ clusters of thread blocks
+//
+// Thread blocks of a cluster run at the same time and write to each other's shared memory. All of
+// this needs kHasClusters, and a launch with a cluster's size.
+
+BLOCKDROP_DEVICE int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// The barrier of a cluster in two halves: what any of its threads wrote to any shared memory of the
+// cluster before it arrived, all see when they have waited. All lanes of a warp together.
+BLOCKDROP_DEVICE void cluster_arrive() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+BLOCKDROP_DEVICE void cluster_wait() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Stores 16 bytes to the shared memory of thread block `rank` of the cluster.
+BLOCKDROP_DEVICE void store_cluster(int rank, uint32_t offset, const uint4& value) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(offset)), "r"(rank));
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+#endif
+}
 
 // ------------------------------------------------------------------ 8x8 matrices of 16-bit values
 //

@@ -1,6 +1,7 @@
 // Device code of the CUDA walk: one thread block carries one CIFAR image at a time through the
 // stem, its active blocks and the classifier, all activations in shared memory. walk.cu has the
-// kernel, its budget and the operators; blockdrop_fast/ops/walk_half.py the packing of weights.
+// kernel, its budget and the operators; walk_cluster.cuh what is different where several thread
+// blocks carry one image; blockdrop_fast/ops/walk_half.py the packing of weights.
 //
 // Activations: [height + 2, width + 1, channels] of 16-bit values, plus one pixel: a border of
 // zeros on each side, where a row's right border is the next row's left one.
@@ -102,25 +103,33 @@ static_assert(kHidden<32> + Layout<32>::kBytes <= kRing<32>);
 static_assert(kHidden<64> + Layout<64>::kBytes <= kRing<64>);
 static_assert(kHidden<16> % 16 == 0 && kHidden<32> % 16 == 0 && kHidden<64> % 16 == 0);
 static_assert(kRing<16> % 16 == 0 && kRing<32> % 16 == 0 && kRing<64> % 16 == 0);
-// The classifier's sums use what is hidden in segment 3.
+// The classifier's means use what is hidden in segment 3.
 constexpr uint32_t kSums = kHidden<64>;
 constexpr uint32_t kTurn = kWorkBytes;      // an int: which path is on
 constexpr uint32_t kKeep = kWorkBytes + 4;  // a bit for each block of the network that runs
 
-inline uint32_t shared_bytes(const Paths& paths) {
+BLOCKDROP_DEVICE int num_blocks_of(const Network& network) {
+  return network.layers[0] + network.layers[1] + network.layers[2];
+}
+
+// What the bits of either network take, in bytes.
+inline uint32_t keep_bytes(const Paths& paths) {
   const auto words = [](const Network& network) {
     return (network.layers[0] + network.layers[1] + network.layers[2] + kLanes - 1) / kLanes;
   };
   const int backbone = words(paths.backbone), policy = words(paths.policy);
-  return kKeep + 4 * (backbone > policy ? backbone : policy);
+  return 4 * (backbone > policy ? backbone : policy);
 }
+inline uint32_t shared_bytes(const Paths& paths) { return kKeep + keep_bytes(paths); }
 
 // ------------------------------------------------------------------ decisions
 
+// A bit for each block of the network that runs, from shared memory offset `keep` on.
+
 // The first kept block in [block, end), or end.
-BLOCKDROP_DEVICE int next_kept(int block, int end) {
+BLOCKDROP_DEVICE int next_kept(uint32_t keep, int block, int end) {
   while (block < end) {
-    const uint32_t word = load_shared<uint32_t>(kKeep + block / kLanes * 4) >> block % kLanes;
+    const uint32_t word = load_shared<uint32_t>(keep + block / kLanes * 4) >> block % kLanes;
     if (word != 0) {
       block += first_bit(word);
       return block < end ? block : end;
@@ -132,11 +141,11 @@ BLOCKDROP_DEVICE int next_kept(int block, int end) {
 
 // Sets the bit of each block for which keeps(block) is true, 32 blocks a warp.
 template <typename Keeps>
-BLOCKDROP_DEVICE void set_kept(int num_blocks, Keeps keeps) {
+BLOCKDROP_DEVICE void set_kept(uint32_t keep, int num_blocks, Keeps keeps) {
   for (int first = warp_index() * kLanes; first < num_blocks; first += kThreads) {
     const int block = first + lane_index();
     const unsigned word = ballot(block < num_blocks && keeps(block));
-    if (lane_index() == 0) store_shared<uint32_t>(kKeep + first / kLanes * 4, word);
+    if (lane_index() == 0) store_shared<uint32_t>(keep + first / kLanes * 4, word);
   }
 }
 
@@ -180,7 +189,7 @@ class WeightStream {
 
   BLOCKDROP_DEVICE void start_copy() {
     if (next_ == stop_) {
-      const int block = next_kept(block_ + 1, end_block_);
+      const int block = next_kept(kKeep, block_ + 1, end_block_);
       if (block == end_block_) return;
       block_ = block;
       stop_ = kStemSlices - kMissingSlices + (block - first_block_ + 1) * kBlockSlices;
@@ -224,19 +233,43 @@ struct WarpPart {
   int first_row = warp_index() / Layout<kChannels>::kChannelTiles * kRowsPerWarp;
 };
 
-// Adds to `sums` what one slice of weights and 16 input channels contribute to tiles of 8 pixels,
-// [first_tile, first_tile + kTiles), in four rows.
+// Adds to `sums` what a column of taps, `dx`, and the 16 input channels of a slice contribute to
+// tiles of 8 pixels, [first_tile, first_tile + kTiles), in rows from `first_row` on.
+template <typename Format, int kIn, int kOut, int kRows, int kTiles>
+BLOCKDROP_DEVICE void multiply_column(float (&sums)[kRows][kTiles][4], const uint4 (&taps)[3],
+                                      uint32_t input, int slice_index, int dx, int first_row,
+                                      int first_tile) {
+  using In = Layout<kIn>;
+  constexpr int kStride = kOut / kIn;
+  // Lanes 0-7 and 8-15 point at the two chunks of 8 pixels, lanes 16-31 at the next 8 pixels.
+  const int lane = lane_index();
+  const int lane_pixel = first_tile * kPixelsPerTile + lane % 8 + lane / 16 * kPixelsPerTile;
+  const int lane_chunk = slice_index * (kTile / kChunk) + lane / 8 % 2;
+  // Each row of the input is loaded once and serves all rows of the output that it touches.
+#pragma unroll
+  for (int in_row = 0; in_row < kStride * (kRows - 1) + 3; ++in_row) {
+    const int pixel = In::pixel(kStride * first_row + in_row - 1, kStride * lane_pixel + dx - 1);
+    uint32_t values[2 * kTiles];
+    load_matrices(values, input + In::offset(pixel, lane_chunk));
+#pragma unroll
+    for (int dy = 0; dy < 3; ++dy) {
+      const int row = (in_row - dy) / kStride;
+      if (in_row < dy || (in_row - dy) % kStride != 0 || row >= kRows) continue;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        Format::multiply(sums[row][tile], taps[dy], values[2 * tile], values[2 * tile + 1]);
+      }
+    }
+  }
+}
+
+// Adds to `sums` what one slice of weights contributes to the rows of the thread's warp.
 template <typename Format, int kIn, int kOut, int kTiles>
 BLOCKDROP_DEVICE void multiply_slice(float (&sums)[kRowsPerWarp][kTiles][4], uint32_t input,
                                      uint32_t slice, int slice_index, int first_tile) {
-  using In = Layout<kIn>;
-  constexpr int kStride = kOut / kIn;
   const auto [lane, channel_tile, first_row] = WarpPart<kOut>();
   const uint32_t fragments =
       slice + kOut * 4 + (channel_tile * kTaps * kLanes + lane) * sizeof(uint4);
-  // Lanes 0-7 and 8-15 point at the two chunks of 8 pixels, lanes 16-31 at the next 8 pixels.
-  const int lane_pixel = first_tile * kPixelsPerTile + lane % 8 + lane / 16 * kPixelsPerTile;
-  const int lane_chunk = slice_index * (kTile / kChunk) + lane / 8 % 2;
 #pragma unroll
   for (int dx = 0; dx < 3; ++dx) {
     uint4 taps[3];
@@ -244,22 +277,7 @@ BLOCKDROP_DEVICE void multiply_slice(float (&sums)[kRowsPerWarp][kTiles][4], uin
     for (int dy = 0; dy < 3; ++dy) {
       taps[dy] = load_shared<uint4>(fragments + (dy * 3 + dx) * kLanes * sizeof(uint4));
     }
-    // Each row of the input is loaded once and serves all rows of the output that it touches.
-#pragma unroll
-    for (int in_row = 0; in_row < kStride * (kRowsPerWarp - 1) + 3; ++in_row) {
-      const int pixel = In::pixel(kStride * first_row + in_row - 1, kStride * lane_pixel + dx - 1);
-      uint32_t values[2 * kTiles];
-      load_matrices(values, input + In::offset(pixel, lane_chunk));
-#pragma unroll
-      for (int dy = 0; dy < 3; ++dy) {
-        const int row = (in_row - dy) / kStride;
-        if (in_row < dy || (in_row - dy) % kStride != 0 || row >= kRowsPerWarp) continue;
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          Format::multiply(sums[row][tile], taps[dy], values[2 * tile], values[2 * tile + 1]);
-        }
-      }
-    }
+    multiply_column<Format, kIn, kOut>(sums, taps, input, slice_index, dx, first_row, first_tile);
   }
 }
 
@@ -299,13 +317,16 @@ BLOCKDROP_DEVICE void store_sums(const float (&sums)[kRowsPerWarp][kTiles][4], u
 //
 // A warp has 16 channels of four rows. It computes at most two tiles of 8 pixels of each at a
 // time, and so holds at most 32 sums, 12 registers of weights and 4 of input. Only segment 1 has
-// more tiles in a row, and its convolutions have a single slice, which is then used twice.
+// more tiles in a row, and its convolutions have a single slice, which is then used twice. In
+// segment 3 it has one tile only, and registers to sum each slice by itself: walk_cluster.cuh,
+// where different warps have different slices, adds in the same order.
 template <typename Format, int kIn, int kOut, bool kResidual>
 BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, WeightStream<kOut>& weights) {
   constexpr int kSlices = Layout<kIn>::kChannelTiles;
   constexpr int kAllTiles = Layout<kOut>::kPixelTiles;
   constexpr int kTiles = kAllTiles < 2 ? kAllTiles : 2;
   static_assert(kTiles == kAllTiles || kSlices == 1);
+  static_assert(kOut != kFeatures || kTiles == 1);
   uint32_t slice = weights.advance();
 #pragma unroll 1
   for (int first_tile = 0; first_tile < kAllTiles; first_tile += kTiles) {
@@ -325,7 +346,17 @@ BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, WeightStream<kOu
 #pragma unroll 1
     for (int slice_index = 1; slice_index < kSlices; ++slice_index) {
       slice = weights.advance();
-      multiply_slice<Format, kIn, kOut>(sums, input, slice, slice_index, first_tile);
+      if constexpr (kOut == kFeatures) {
+        float part[kRowsPerWarp][kTiles][4] = {};
+        multiply_slice<Format, kIn, kOut>(part, input, slice, slice_index, first_tile);
+#pragma unroll
+        for (int row = 0; row < kRowsPerWarp; ++row) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[row][0][i] += part[row][0][i];
+        }
+      } else {
+        multiply_slice<Format, kIn, kOut>(sums, input, slice, slice_index, first_tile);
+      }
     }
     store_sums<Format, kOut, kResidual>(sums, output, first_tile);
   }
@@ -350,13 +381,16 @@ BLOCKDROP_DEVICE void clear_border(uint32_t activation) {
   }
 }
 
-// Spreads the image over pixels of 16 channels, the last 13 of them zero.
-BLOCKDROP_DEVICE void load_image(const uint16_t* image, uint32_t activation) {
+// Spreads kRows rows of the image, from `first_row` on, over pixels of 16 channels, the last 13 of
+// them zero.
+template <int kRows>
+BLOCKDROP_DEVICE void load_image(const uint16_t* image, uint32_t activation, int first_row) {
   using L = Layout<kTile>;
   constexpr int kImagePixels = kImageSize * kImageSize;
+  static_assert(kRows * kImageSize % kThreads == 0);
 #pragma unroll
-  for (int i = 0; i < kImagePixels / kThreads; ++i) {
-    const int place = i * kThreads + thread_index();
+  for (int i = 0; i < kRows * kImageSize / kThreads; ++i) {
+    const int place = first_row * kImageSize + i * kThreads + thread_index();
     const int pixel = L::pixel(place / kImageSize, place % kImageSize);
     const uint32_t red = load_global(image + place);
     const uint32_t green = load_global(image + kImagePixels + place);
@@ -413,9 +447,10 @@ BLOCKDROP_DEVICE void shortcut(uint32_t activation, bool subsample) {
   clear_border<2 * kIn>(activation);
 }
 
-// Calls store(label, weights * mean(x over pixels) + bias), in float32.
-template <typename Format, typename Store>
-BLOCKDROP_DEVICE void classify(const Network& network, Store store) {
+// Means of x over its pixels, float32 [64], which a barrier later are at shared memory offset
+// `sums`; four times as much is used there.
+template <typename Format>
+BLOCKDROP_DEVICE void pool(uint32_t sums) {
   using L = Layout<kFeatures>;
   constexpr int kGroups = kThreads / kFeatures;  // of rows, summed by different threads
   constexpr int kRows = L::kSize / kGroups;
@@ -427,22 +462,30 @@ BLOCKDROP_DEVICE void classify(const Network& network, Store store) {
     const uint32_t at = kX + L::offset(pixel, channel / kChunk) + channel % kChunk * 2;
     sum += Format::unpack(load_shared<uint16_t>(at)).x;
   }
-  store_shared(kSums + thread_index() * 4, sum);
+  store_shared(sums + thread_index() * 4, sum);
   sync_threads();
-  for (int label = thread_index(); label < network.num_classes; label += kThreads) {
-    float logit = load_global(network.classifier + label);
-    const float* column = network.classifier + network.num_classes + label;  // [64, classes]
-#pragma unroll 16
-    for (int i = 0; i < kFeatures; ++i) {
-      float total = 0;
+  if (thread_index() < kFeatures) {
+    float total = 0;
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g)
-        total += load_shared<float>(kSums + (g * kFeatures + i) * 4);
-      logit += load_global(column + static_cast<int64_t>(i) * network.num_classes) *
-               (total * (1.f / (L::kSize * L::kSize)));
+    for (int g = 0; g < kGroups; ++g) {
+      total += load_shared<float>(sums + (g * kFeatures + channel) * 4);
     }
-    store(label, logit);
+    store_shared(sums + channel * 4, total * (1.f / (L::kSize * L::kSize)));
   }
+}
+
+// The logit of a label from the means at `sums`, in float32. kTogether weights are waited for at
+// a time.
+template <int kTogether>
+BLOCKDROP_DEVICE float classify(const Network& network, uint32_t sums, int label) {
+  float logit = load_global(network.classifier + label);
+  const float* column = network.classifier + network.num_classes + label;  // [64, classes]
+#pragma unroll(kTogether)
+  for (int i = 0; i < kFeatures; ++i) {
+    logit += load_global(column + static_cast<int64_t>(i) * network.num_classes) *
+             load_shared<float>(sums + i * 4);
+  }
+  return logit;
 }
 
 // ------------------------------------------------------------------ a network
@@ -450,8 +493,8 @@ BLOCKDROP_DEVICE void classify(const Network& network, Store store) {
 // The kept blocks in [block, end_block), all of which keep the shape.
 template <typename Format, int kChannels>
 BLOCKDROP_DEVICE void run_blocks(WeightStream<kChannels>& weights, int block, int end_block) {
-  for (block = next_kept(block, end_block); block < end_block;
-       block = next_kept(block + 1, end_block)) {
+  for (block = next_kept(kKeep, block, end_block); block < end_block;
+       block = next_kept(kKeep, block + 1, end_block)) {
     convolve<Format, kChannels, kChannels, false>(kX, kHidden<kChannels>, weights);
     convolve<Format, kChannels, kChannels, true>(kHidden<kChannels>, kX, weights);
   }
@@ -464,7 +507,7 @@ BLOCKDROP_DEVICE void run_segment(const unsigned char* slices, int first_block, 
   constexpr int kIn = kChannels / 2;
   sync_threads();  // the previous segment is done with its memory
   WeightStream<kChannels> weights(slices, first_block, end_block);
-  const bool keep = next_kept(first_block, end_block) == first_block;
+  const bool keep = next_kept(kKeep, first_block, end_block) == first_block;
   clear_border<kChannels>(kHidden<kChannels>);
   if (keep) convolve<Format, kIn, kChannels, false>(kX, kHidden<kChannels>, weights);
   shortcut<Format, kIn>(kX, subsample);
@@ -479,7 +522,7 @@ BLOCKDROP_DEVICE void run_network(const Network& network, const uint16_t* image)
     WeightStream<16> weights(network.weights, 0, network.layers[0]);
     clear_border<16>(kX);
     clear_border<16>(kHidden<16>);
-    load_image(image, kHidden<16>);
+    load_image<kImageSize>(image, kHidden<16>, 0);
     convolve<Format, 16, 16, false>(kHidden<16>, kX, weights);
     run_blocks<Format>(weights, 0, network.layers[0]);
   }
@@ -495,6 +538,7 @@ BLOCKDROP_DEVICE void run_network(const Network& network, const uint16_t* image)
 // it is, from shared memory and the kernel's arguments: registers are what limits the kernel.
 template <typename Format>
 BLOCKDROP_DEVICE void walk(const Paths& paths) {
+  constexpr int kTogether = 16;
   if (thread_index() == 0) store_shared<int>(kTurn, block_index());
   sync_threads();
   const auto path = [&]() -> int64_t {
@@ -502,32 +546,34 @@ BLOCKDROP_DEVICE void walk(const Paths& paths) {
     return paths.order ? paths.order[turn] : turn;
   };
   while (load_shared<int>(kTurn) < paths.num_paths) {
+    if (paths.given) {
+      const bool* decisions = paths.given + path() * paths.num_blocks;
+      set_kept(kKeep, paths.num_blocks, [&](int block) { return decisions[block]; });
+    } else {
+      set_kept(kKeep, num_blocks_of(paths.policy), [](int) { return true; });
+    }
+    sync_threads();
     // Policy network, then backbone; one copy of the code.
 #pragma unroll 1
     for (int step = paths.given ? 1 : 0; step < 2; ++step) {
-      const bool decide = step == 0;
-      const Network& network = decide ? paths.policy : paths.backbone;
-      if (decide) {
-        set_kept(network.layers[0] + network.layers[1] + network.layers[2],
-                 [](int) { return true; });
-      } else {
-        const bool* decisions =
-            (paths.given ? paths.given : paths.decisions) + path() * paths.num_blocks;
-        set_kept(paths.num_blocks, [&](int block) { return decisions[block]; });
-      }
-      sync_threads();
+      const Network& network = step == 0 ? paths.policy : paths.backbone;
       run_network<Format>(network, paths.images + path() % paths.num_images * kImageValues);
       sync_threads();
-      if (decide) {
+      pool<Format>(kSums);
+      sync_threads();
+      if (step == 0) {
         float* logits = paths.policy_logits + path() * paths.num_blocks;
         bool* decisions = paths.decisions + path() * paths.num_blocks;
-        classify<Format>(network, [&](int block, float logit) {
+        set_kept(kKeep, paths.num_blocks, [&](int block) {
+          const float logit = classify<kTogether>(network, kSums, block);
           logits[block] = logit;
-          decisions[block] = logit >= 0;  // sigmoid(logit) >= 0.5
+          return decisions[block] = logit >= 0;  // sigmoid(logit) >= 0.5
         });
       } else {
         float* logits = paths.logits + path() * network.num_classes;
-        classify<Format>(network, [&](int label, float logit) { logits[label] = logit; });
+        for (int label = thread_index(); label < network.num_classes; label += kThreads) {
+          logits[label] = classify<kTogether>(network, kSums, label);
+        }
       }
       sync_threads();
     }

@@ -37,9 +37,37 @@ void kernel(const std::string& fault) {
   }
 }
 
+// Two thread blocks: each writes to the other, waits, reads, and writes again.
+void cluster_kernel(const std::string& fault) {
+  const int other_rank = 1 - cluster_rank();
+  const uint32_t own = thread_index() * 16;
+  const uint4 value = {1, 2, 3, static_cast<uint32_t>(thread_index())};
+  const auto barrier = [&](const char* left_out) {
+    // A barrier of the block alone does not do.
+    if (fault == left_out) return sync_threads();
+    cluster_arrive();
+    cluster_wait();
+  };
+  barrier("write-before-begin");
+  if (fault == "no-such-block") store_cluster(2, own, value);
+  store_cluster(other_rank, own, value);
+  if (fault == "arrives-twice") cluster_arrive();
+  barrier("remote-read-without-barrier");
+  if (load_shared<uint4>(own).w != value.w) std::exit(1);
+  if (fault == "write-before-waiting") {
+    cluster_arrive();
+    store_cluster(other_rank, own, value);
+    cluster_wait();
+  }
+  barrier("remote-write-without-barrier");
+  store_cluster(other_rank, own, value);
+  barrier("exit-too-early");
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const std::string fault = count > 1 ? arguments[1] : "none";
   machine::launch(1, kThreads, kThreads * 4, [&] { kernel(fault); });
+  machine::launch(2, kThreads, kThreads * 16, [&] { cluster_kernel(fault); }, 2);
 }

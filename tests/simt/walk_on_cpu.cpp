@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/walk.cuh"
+#include "cuda/walk_cluster.cuh"
 
 namespace simt = blockdrop::simt;
 using namespace blockdrop::walk_half;
@@ -27,6 +28,7 @@ struct Call {
   float* policy_logits;
 };
 
+// `thread_blocks` 0: a cluster a path.
 void run_walk(const Call* call, int thread_blocks, int bfloat16) {
   int queue = 0;
   Paths paths{};
@@ -50,9 +52,15 @@ void run_walk(const Call* call, int thread_blocks, int bfloat16) {
   paths.logits = call->logits;
   paths.decisions = call->decisions;
   paths.policy_logits = call->policy_logits;
-  simt::machine::launch(thread_blocks, kThreads, shared_bytes(paths), [&] {
-    bfloat16 ? walk<simt::Bfloat16>(paths) : walk<simt::Float16>(paths);
-  });
+  if (thread_blocks == 0) {
+    const auto kernel = bfloat16 ? cluster::walk<simt::Bfloat16> : cluster::walk<simt::Float16>;
+    const int blocks = static_cast<int>(call->num_paths) * cluster::kBlocks;
+    simt::machine::launch(
+        blocks, kThreads, cluster::shared_bytes(paths), [&] { kernel(paths); }, cluster::kBlocks);
+  } else {
+    const auto kernel = bfloat16 ? walk<simt::Bfloat16> : walk<simt::Float16>;
+    simt::machine::launch(thread_blocks, kThreads, shared_bytes(paths), [&] { kernel(paths); });
+  }
 }
 
 }  // extern "C"

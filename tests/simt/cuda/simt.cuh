@@ -7,13 +7,18 @@
 // * reads and writes outside of shared memory, and misaligned ones, are errors;
 // * so is a thread that reads shared memory which another one writes between the same two
 //   barriers, or writes what another one reads or writes (lanes of a warp-wide instruction act
-//   in order, and so do instructions of one warp).
+//   in order, and so do instructions of one warp);
+// * in a cluster only the cluster's barrier orders what different thread blocks do: an access is
+//   held against those of other blocks up to the barrier that its thread next arrives at;
+// * writing to a block that may not have begun yet or may be gone already is an error, whether or
+//   not it is so in this run.
 
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -38,6 +43,7 @@ namespace blockdrop::simt {
 #define SIMT_HAS_STMATRIX 1
 #endif
 constexpr bool kHasStmatrix = SIMT_HAS_STMATRIX;
+constexpr bool kHasClusters = true;
 constexpr int kLanes = 32;
 
 namespace machine {
@@ -47,12 +53,13 @@ constexpr unsigned char kPoison = 0xff;  // as floats of any width: NaN
 
 [[noreturn]] inline void fail(const char* what, uint32_t offset);
 
-// Who touched two bytes of shared memory last, and in which interval between barriers.
+// Who wrote to two bytes of shared memory last, and who of the block itself read them.
 struct Access {
-  uint32_t write_interval = 0, read_interval = 0;
-  int16_t writer = -1, reader = -1;  // warps; kManyWarps: several read
+  uint32_t write_interval = 0, read_interval = 0;  // between barriers of the writer's, own block
+  uint32_t write_phase = 0, read_phase = 0;        // see phase()
+  int32_t writer = -1, reader = -1;                // warps, of all blocks; kManyWarps: several read
 };
-constexpr int16_t kManyWarps = -2;
+constexpr int32_t kManyWarps = -2;
 
 struct Copy {
   uint32_t offset;
@@ -62,8 +69,9 @@ struct Copy {
 struct Fiber {
   ucontext_t start;
   jmp_buf state;
-  std::vector<char> stack;
-  std::vector<Copy> copies;
+  std::unique_ptr<char[]> stack;
+  std::vector<std::vector<Copy>> copies{1};  // groups under way, the last one still open
+  uint32_t arrivals = 0, waits = 0;          // at the cluster's barrier
   bool started = false, done = false;
 };
 
@@ -87,12 +95,22 @@ struct Block {
   int arrived = 0;
   unsigned generation = 0;
   uint32_t interval = 1;
+  // Other blocks may write here until they arrive at barrier `remote_phase` of the cluster (none:
+  // 0), and threads end after they have waited `gone` times.
+  uint32_t remote_phase = 0, gone = UINT32_MAX;
+};
+
+struct Cluster {
+  int arrived = 0;
+  uint32_t barriers = 0;  // complete ones
 };
 
 struct State {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<unsigned> collectives;  // warp-wide instructions a fiber has executed
   std::vector<Block> blocks;
+  std::vector<Cluster> clusters;
+  int cluster_size = 1;
   std::function<void()> kernel;
   jmp_buf scheduler;
   int threads = 0, current = 0;
@@ -100,7 +118,10 @@ struct State {
 inline State state;
 
 inline int thread() { return state.current % state.threads; }
-inline Block& block() { return state.blocks[state.current / state.threads]; }
+inline int block_number() { return state.current / state.threads; }
+inline Block& block() { return state.blocks[block_number()]; }
+inline Fiber& fiber() { return *state.fibers[state.current]; }
+inline int warp_number() { return state.current / kLanes; }
 
 inline void fail(const char* what, uint32_t offset) {
   std::fprintf(stderr, "simt: thread block %d, thread %d: %s, shared memory offset %u\n",
@@ -113,9 +134,15 @@ inline void yield() {
   if (_setjmp(state.fibers[state.current]->state) == 0) _longjmp(state.scheduler, 1);
 }
 
+// Only in later phases does another block know that what this thread does now is done: those
+// that have waited for the barrier at which the thread arrives next.
+inline uint32_t phase() { return fiber().arrivals; }
+
 inline void trampoline() {
   state.kernel();
-  state.fibers[state.current]->done = true;
+  fiber().done = true;
+  block().gone = std::min(block().gone, fiber().waits);
+  if (block().remote_phase > block().gone) fail("exit while others may still write here", 0);
   _longjmp(state.scheduler, 1);
 }
 
@@ -124,15 +151,18 @@ inline void resume(Fiber& fiber) {
   if (fiber.started) _longjmp(fiber.state, 1);
   fiber.started = true;
   getcontext(&fiber.start);
-  fiber.start.uc_stack.ss_sp = fiber.stack.data();
-  fiber.start.uc_stack.ss_size = fiber.stack.size();
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = kStackBytes;
   makecontext(&fiber.start, trampoline, 0);
   setcontext(&fiber.start);
 }
 
-// Runs a kernel: `blocks` thread blocks side by side.
-inline void launch(int blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
+// Runs a kernel: `blocks` thread blocks side by side, in clusters of `cluster_size`.
+inline void launch(int blocks, int threads, size_t shared_bytes, std::function<void()> kernel,
+                   int cluster_size = 1) {
   state = State{};
+  state.cluster_size = cluster_size;
+  state.clusters.resize(blocks / cluster_size);
   state.kernel = std::move(kernel);
   state.threads = threads;
   state.blocks.resize(blocks);
@@ -144,7 +174,7 @@ inline void launch(int blocks, int threads, size_t shared_bytes, std::function<v
   state.collectives.resize(blocks * threads);
   for (int i = 0; i < blocks * threads; ++i) {
     state.fibers.push_back(std::make_unique<Fiber>());
-    state.fibers.back()->stack.resize(kStackBytes);
+    state.fibers.back()->stack.reset(new char[kStackBytes]);
   }
   for (bool running = true; running;) {
     running = false;
@@ -162,37 +192,54 @@ inline void check(uint32_t offset, uint32_t bytes) {
   if (offset + bytes > block().memory.size()) fail("access out of bounds", offset);
 }
 
+// Whether an access of `warp`, in that interval of its block and that phase of its cluster, may be
+// at the same time as what this thread does now. Between arriving and waiting a thread does not
+// know yet that the others' last phase is over.
+inline bool may_meet(int32_t warp, uint32_t interval, uint32_t phase) {
+  if (warp == -1 || warp == warp_number() || phase < fiber().waits) return false;
+  const bool same_block = warp == kManyWarps || warp / (state.threads / kLanes) == block_number();
+  return !same_block || interval == block().interval;
+}
+
 inline void note_read(uint32_t offset, uint32_t bytes) {
   check(offset, bytes);
   Block& own = block();
-  const int16_t warp = thread() / kLanes;
+  const int32_t warp = warp_number();
   for (uint32_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
     Access& access = own.accesses[i];
-    if (access.write_interval == own.interval && access.writer != warp) {
+    if (may_meet(access.writer, access.write_interval, access.write_phase)) {
       fail("read of what another warp writes between the same barriers", 2 * i);
     }
     const bool others = access.read_interval == own.interval && access.reader != warp;
     access.reader = others ? kManyWarps : warp;
     access.read_interval = own.interval;
+    access.read_phase = std::max(access.read_phase, phase());
   }
 }
 
-inline void note_write(uint32_t offset, uint32_t bytes) {
+// Writes to shared memory of `target`, a block of this cluster.
+inline void note_write(Block& target, uint32_t offset, uint32_t bytes) {
   check(offset, bytes);
-  Block& own = block();
-  const int16_t warp = thread() / kLanes;
+  const bool remote = &target != &block();
+  if (remote) {
+    if (fiber().waits == 0) fail("write to a thread block that may not have begun", offset);
+    if (phase() >= target.gone) fail("write to a thread block that may be gone", offset);
+    target.remote_phase = std::max(target.remote_phase, phase() + 1);
+  }
   for (uint32_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
-    Access& access = own.accesses[i];
-    if (access.write_interval == own.interval && access.writer != warp) {
+    Access& access = target.accesses[i];
+    if (may_meet(access.writer, access.write_interval, access.write_phase)) {
       fail("write to what another warp writes between the same barriers", 2 * i);
     }
-    if (access.read_interval == own.interval && access.reader != warp) {
-      fail("write to what another warp reads between the same barriers", 2 * i);
-    }
-    access.writer = warp;
-    access.write_interval = own.interval;
+    const bool read = remote ? access.reader != -1 && access.read_phase >= fiber().waits
+                             : may_meet(access.reader, access.read_interval, access.read_phase);
+    if (read) fail("write to what another warp reads between the same barriers", 2 * i);
+    access.writer = warp_number();
+    access.write_interval = block().interval;
+    access.write_phase = phase();
   }
 }
+inline void note_write(uint32_t offset, uint32_t bytes) { note_write(block(), offset, bytes); }
 
 // Executes a warp-wide instruction: `execute(rendezvous)` runs once, when all lanes have come.
 template <typename Execute>
@@ -260,7 +307,7 @@ inline uint16_t float_to_bfloat16(float value) {
 BLOCKDROP_DEVICE int thread_index() { return machine::thread(); }
 BLOCKDROP_DEVICE int warp_index() { return machine::thread() / kLanes; }
 BLOCKDROP_DEVICE int lane_index() { return machine::thread() % kLanes; }
-BLOCKDROP_DEVICE int block_index() { return machine::state.current / machine::state.threads; }
+BLOCKDROP_DEVICE int block_index() { return machine::block_number(); }
 BLOCKDROP_DEVICE int num_thread_blocks() { return machine::state.blocks.size(); }
 
 BLOCKDROP_DEVICE void sync_threads() {
@@ -274,6 +321,10 @@ BLOCKDROP_DEVICE void sync_threads() {
       machine::yield();
     }
   }
+}
+
+BLOCKDROP_DEVICE void sync_warp() {
+  machine::together(nullptr, 0, [](machine::Rendezvous&) {});
 }
 
 BLOCKDROP_DEVICE unsigned ballot(bool predicate) {
@@ -325,15 +376,60 @@ BLOCKDROP_DEVICE void copy_async(uint32_t offset, const void* source) {
   std::memset(machine::block().memory.data() + offset, machine::kPoison, 16);
   machine::Copy copy{offset, {}};
   std::memcpy(copy.bytes, source, 16);
-  machine::state.fibers[machine::state.current]->copies.push_back(copy);
+  machine::fiber().copies.back().push_back(copy);
+}
+BLOCKDROP_DEVICE void commit_copies() { machine::fiber().copies.emplace_back(); }
+template <int kPending>
+BLOCKDROP_DEVICE void wait_for_groups() {
+  auto& groups = machine::fiber().copies;
+  while (groups.size() > kPending + 1) {
+    for (const machine::Copy& copy : groups.front()) {
+      machine::note_write(copy.offset, 16);
+      std::memcpy(machine::block().memory.data() + copy.offset, copy.bytes, 16);
+    }
+    groups.erase(groups.begin());
+  }
 }
 BLOCKDROP_DEVICE void wait_for_copies() {
-  auto& copies = machine::state.fibers[machine::state.current]->copies;
-  for (const machine::Copy& copy : copies) {
-    machine::note_write(copy.offset, 16);
-    std::memcpy(machine::block().memory.data() + copy.offset, copy.bytes, 16);
+  commit_copies();
+  wait_for_groups<0>();
+}
+
+// ------------------------------------------------------------------ clusters of thread blocks
+
+namespace machine {
+
+inline Cluster& cluster() { return state.clusters[block_number() / state.cluster_size]; }
+
+}  // namespace machine
+
+BLOCKDROP_DEVICE int cluster_rank() {
+  return machine::block_number() % machine::state.cluster_size;
+}
+
+BLOCKDROP_DEVICE void cluster_arrive() {
+  if (machine::fiber().arrivals++ != machine::fiber().waits) {
+    machine::fail("arrives twice at the cluster's barrier without waiting", 0);
   }
-  copies.clear();
+  machine::Cluster& own = machine::cluster();
+  if (++own.arrived == machine::state.cluster_size * machine::state.threads) {
+    own.arrived = 0;
+    ++own.barriers;
+  }
+}
+BLOCKDROP_DEVICE void cluster_wait() {
+  if (machine::fiber().waits++ == machine::fiber().arrivals) {
+    machine::fail("waits at the cluster's barrier without arriving", 0);
+  }
+  while (machine::cluster().barriers < machine::fiber().waits) machine::yield();
+}
+
+BLOCKDROP_DEVICE void store_cluster(int rank, uint32_t offset, const uint4& value) {
+  const int size = machine::state.cluster_size;
+  if (rank < 0 || rank >= size) machine::fail("no such thread block in the cluster", offset);
+  machine::Block& target = machine::state.blocks[machine::block_number() / size * size + rank];
+  machine::note_write(target, offset, 16);
+  std::memcpy(target.memory.data() + offset, &value, 16);
 }
 
 // ------------------------------------------------------------------ 8x8 matrices of 16-bit values
