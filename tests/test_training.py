@@ -14,14 +14,16 @@ import pytest
 import torch
 
 import blockdrop_fast as bdf
+from train import curriculum as curriculum_module
 from train import demo as demo_module
+from train import finetune as finetune_module
 from train.config import PRESETS, STAGES, Curriculum, Demo, Finetune, Heuristics, Pretrain
 from train.curriculum import curriculum
 from train.curves import Arguments, draw
 from train.demo import demo
 from train.finetune import distillation_loss, finetune
 from train.heuristics import heuristics
-from train.loop import NonFiniteLossError
+from train.loop import NonFiniteLossError, engine_dtype
 from train.pretrain import pretrain, stochastic_depth
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +134,36 @@ def test_finetune_with_a_teacher(with_policy, pretrained, tmp_path):
     bdf.save(other, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="teacher"):
         finetune(replace(taught, teacher=tmp_path / "other.safetensors", out=tmp_path / "three"))
+
+
+def test_engines_take_the_precision_of_training_on_a_gpu_only(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for precision, supported, on_gpu in (
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+        ("bfloat16", True, torch.bfloat16),
+        ("float32", True, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+        config = Pretrain(precision=precision)
+        assert engine_dtype(config, gpu) == on_gpu
+        assert engine_dtype(config, cpu) == torch.float32
+
+
+@pytest.mark.parametrize("bn", ["all", "active"])
+def test_stages_with_engines_in_bfloat16(pretrained, tmp_path, monkeypatch, bn):
+    """What a GPU does, on a CPU: every image reaches an engine in the engine's dtype."""
+    for stage in (curriculum_module, finetune_module):
+        monkeypatch.setattr(stage, "engine_dtype", lambda config, device: torch.bfloat16)
+    small = {"limit": 64, "batch_size": 32, "threads": 1, "epochs": 1, "precision": "bfloat16"}
+    backbone = pretrained / "model.safetensors"
+    first = Curriculum(backbone=backbone, out=tmp_path / "curriculum", **small)
+    curriculum(first)
+    model = first.out / "model.safetensors"
+    finetune(Finetune(model=model, teacher=backbone, bn=bn, out=tmp_path / "finetune", **small))
+    (row,) = metrics(tmp_path / "finetune")
+    assert 0 <= row["test_accuracy"] <= 1
+    assert math.isfinite(row["train_cross_entropy"])
 
 
 def test_distillation_loss_by_hand():

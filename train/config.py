@@ -30,7 +30,8 @@ class Common:
     """Processes that read image files (data sets of images above 64 pixels); each keeps up to
     two batches ready in shared memory."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of training passes; "auto" is bfloat16 autocast on a GPU that has it, else float32."""
+    """Of training passes, and on a GPU of rewards and evaluation too; "auto" is bfloat16 on a GPU
+    that has it (autocast in training), else float32."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; the last epoch always has one."""
     evaluate_every: int = 1

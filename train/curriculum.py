@@ -12,6 +12,7 @@ from train.loop import (
     PolicyStatistics,
     Run,
     autocast,
+    engine_dtype,
     evaluate_test,
     evaluation_metrics,
     prepare,
@@ -43,7 +44,7 @@ def curriculum(config: Curriculum) -> None:
     )
     run = Run(config, model, [optimizer], [])
     # Its backbone is frozen: only evaluation needs the policy's new weights.
-    engine = bdf.compile(model)
+    engine = bdf.compile(model, dtype=engine_dtype(config, device))
     for epoch in run.epochs():
         forced = forced_blocks(num_blocks, epoch, config.blocks_per_epoch)
         means, statistics = Means(), PolicyStatistics()
@@ -58,7 +59,7 @@ def curriculum(config: Curriculum) -> None:
             exploring = bounded(probabilities, config.alpha)
             sampled = sample(exploring, config.samples, forced, generator)
             decisions = torch.cat([thresholded[None], sampled])
-            correct = engine.run_sets(images, decisions).argmax(-1) == labels
+            correct = engine.run_sets(images.to(engine.dtype), decisions).argmax(-1) == labels
             rewards = reward(correct, decisions, config.penalty)
             advantage = advantages(rewards[1:], rewards[0], config.baseline)
             loss = policy_gradient_loss(exploring, sampled, advantage, forced)

@@ -13,6 +13,7 @@ from train.loop import (
     PolicyStatistics,
     Run,
     autocast,
+    engine_dtype,
     evaluate_test,
     evaluation_metrics,
     normalization_of,
@@ -43,8 +44,9 @@ def finetune(config: Finetune) -> None:
     schedulers = [_scheduler(config, optimizer, steps) for optimizer in optimizers]
     run = Run(config, model, optimizers, schedulers)
     rewards_of = _masked_rewards if config.bn == "all" else _engine_rewards
-    engine = bdf.compile(model)
-    teacher = _load_teacher(config, model, device)
+    dtype = engine_dtype(config, device)
+    engine = bdf.compile(model, dtype=dtype)
+    teacher = _load_teacher(config, model, device, dtype)
     for epoch in run.epochs():
         means, statistics = Means(), PolicyStatistics()
         generator = sampling_generator(config.seed, epoch, device)
@@ -63,7 +65,7 @@ def finetune(config: Finetune) -> None:
                 classification = F.cross_entropy(logits, labels)
                 if teacher is not None:
                     classification = classification + config.distill * distillation_loss(
-                        logits, teacher(images).logits, config.temperature
+                        logits, teacher(images.to(dtype)).logits.float(), config.temperature
                     )
             rewards = reward(correct, decisions, config.penalty)
             advantage = advantages(rewards[1:], rewards[0], config.baseline)
@@ -97,7 +99,8 @@ def finetune(config: Finetune) -> None:
         if run.due(epoch, config.evaluate_every):
             engine.refresh()
             evaluation = evaluate_test(engine, dataset, config.workers)
-            full = evaluate_test(bdf.compile(model.backbone), dataset, config.workers)
+            full = bdf.compile(model.backbone, dtype=dtype)
+            full = evaluate_test(full, dataset, config.workers)
             metrics |= evaluation_metrics(evaluation, config.penalty)
             metrics |= {"test_accuracy_all_blocks": full.accuracy}
         run.finish_epoch(epoch, metrics)
@@ -117,7 +120,7 @@ def _engine_rewards(
     model: bdf.BlockDrop, engine: bdf.Engine, images: Tensor, labels: Tensor, decisions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A gradient pass of the first sample, on active images: (B, C) logits; (1+S, B) correct."""
-    correct = engine.run_sets(images, decisions).argmax(-1) == labels
+    correct = engine.run_sets(images.to(engine.dtype), decisions).argmax(-1) == labels
     return model.backbone(images, decisions[1], active_only=True), correct
 
 
@@ -168,7 +171,7 @@ def _load_model(config: Finetune) -> bdf.BlockDrop:
 
 
 def _load_teacher(
-    config: Finetune, model: bdf.BlockDrop, device: torch.device
+    config: Finetune, model: bdf.BlockDrop, device: torch.device, dtype: torch.dtype
 ) -> bdf.Engine | None:
     if config.teacher is None:
         return None
@@ -183,4 +186,4 @@ def _load_teacher(
             f"teacher: {config.teacher} expects images normalised by "
             f"{normalization_of(teacher)}, the model by {normalization_of(model)}"
         )
-    return bdf.compile(teacher.to(device))
+    return bdf.compile(teacher.to(device), dtype=dtype)

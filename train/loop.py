@@ -259,10 +259,24 @@ def prepare(config: Common) -> tuple[torch.device, bdf_data.Dataset]:
 
 def autocast(config: Common, device: torch.device) -> AbstractContextManager:
     """Mixed precision of training passes where the device has it."""
-    bfloat16 = config.precision == "bfloat16" or (
-        config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+    if _in_bfloat16(config, device):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def engine_dtype(config: Common, device: torch.device) -> torch.dtype:
+    """Of engines, for rewards and evaluation: on a GPU that of the training passes.
+
+    On a CPU always float32: its kernels are the faster ones there.
+    """
+    bfloat16 = device.type == "cuda" and _in_bfloat16(config, device)
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def _in_bfloat16(config: Common, device: torch.device) -> bool:
+    if config.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return config.precision == "bfloat16"
 
 
 def evaluate_test(

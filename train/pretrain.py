@@ -11,7 +11,15 @@ from torch import Tensor
 import blockdrop_fast as bdf
 from blockdrop_fast.data import IMAGENET_NORMALIZATION, Dataset
 from train.config import Pretrain
-from train.loop import Means, Run, autocast, evaluate_test, prepare, sampling_generator
+from train.loop import (
+    Means,
+    Run,
+    autocast,
+    engine_dtype,
+    evaluate_test,
+    prepare,
+    sampling_generator,
+)
 
 _IMAGENET_ARCHITECTURES = {
     "resnet50": bdf.resnet50,
@@ -36,7 +44,7 @@ def pretrain(config: Pretrain) -> None:
         optimizer, config.lr, total_steps=config.epochs * steps, cycle_momentum=False
     )
     run = Run(config, backbone, [optimizer], [scheduler])
-    engine = bdf.compile(backbone)
+    engine = bdf.compile(backbone, dtype=engine_dtype(config, device))
     for epoch in run.epochs():
         means = Means()
         generator = sampling_generator(config.seed, epoch, device)
