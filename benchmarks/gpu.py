@@ -157,6 +157,8 @@ class Bench:
             "given_usage": [float(usage.mean()), float(usage.std(correction=0))],
             "rows": [asdict(row) for row in measured.rows],
             "unavailable": measured.unavailable,
+            # An engine may run otherwise than it was asked to, and says so.
+            "engines": workload.engine_reasons(),
         }
 
     def memory(self, family: str, size: int) -> dict:
@@ -497,6 +499,7 @@ def describe(content: Mapping) -> str:
             rows = [benchmark.Row(**one) for one in result["rows"]]
             lines.append(benchmark.format_rows(rows))
             lines += [f"not timed: {who} ({why})" for who, why in result["unavailable"].items()]
+            lines += [f"engine {which}: {reason}" for which, reason in result["engines"].items()]
             lines += [
                 f"{row.contender}: {row.block_usage[0]:.1f} ± {row.block_usage[1]:.1f} blocks, "
                 f"{row.policies} different decisions"

@@ -122,6 +122,13 @@ class Workload:
                 raise UnavailableError(str(error)) from None
         return self._engines[key]
 
+    def engine_reasons(self) -> dict[str, str]:
+        """Of each engine made so far, by strategy and launch: why it runs as it does."""
+        return {
+            " ".join(key): f"{engine.strategy}, {engine.strategy_reason}"
+            for key, engine in self._engines.items()
+        }
+
     def build(self, name: str, images: Tensor) -> Call:
         """A contender's call for batches like ``images``; what is slow to build only once.
 
@@ -694,8 +701,9 @@ def _calibrate(workload: Workload, run: Run, copy_to: Path | None) -> None:
     cells = calibration.calibrate(
         calibration_subject(workload),
         run.batches,
-        rounds=run.rounds,
-        min_seconds=run.min_seconds / 5,
+        # Many short measurements: fewer rounds each than where one figure is to be reported.
+        rounds=max(3, run.rounds // 3),
+        min_seconds=max(1.0, run.min_seconds / 5),
     )
     print(calibration.verdict(cells))
     for path in {crossover.user_file(), copy_to} - {None}:

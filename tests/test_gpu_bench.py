@@ -59,6 +59,10 @@ def test_rehearsal(tmp_path, no_compiler, capsys):
     assert set(rows) >= {"eager", "authors", "dense", "gather-decides", "gather-all"}
     assert all(len(row["samples"]) == 2 for row in rows.values())
     assert "needs a GPU" in cells["imagenet published 64"]["unavailable"]["cudnn-graph"]
+    assert cells["imagenet published 64"]["engines"]["gather counts"].startswith(
+        "gather, asked for"
+    )
+    assert "engine gather counts: gather, asked for" in text
     assert cells["imagenet crossover"]["cells"]
     assert (tmp_path / "crossover.json").exists()
     claims = [line for line in text.splitlines() if line.startswith("rehearsal, no claim: ")]

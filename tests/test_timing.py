@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +49,6 @@ def test_interleave_warms_up_and_goes_on_for_the_minimal_time():
 
 
 def test_interleave_measures_seconds():
-    import time
-
     samples = timing.interleave({"a": lambda _: time.sleep(0.02)}, rounds=2, warmup=0)
     assert all(0.02 <= value < 2 for value in samples["a"])
 
@@ -237,6 +238,96 @@ def test_baselines_run_other_architectures(backbone, name):
     with torch.inference_mode():
         logits = call(images, None)
     timing.make_reference(backbone, images, None, torch.float32).check(name, logits)
+
+
+class FakeGraph:
+    """A CUDA graph without CUDA: what ``capture`` records, ``replay`` runs again."""
+
+    current = None
+
+    def __init__(self):
+        self.recorded = []
+
+    def replay(self):
+        for operation in self.recorded:
+            operation()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Just enough of torch.cuda, on CPU tensors, for code that captures and times."""
+
+    class Nothing(contextlib.nullcontext):
+        def __init__(self, *_, **__):
+            super().__init__()
+
+        def wait_stream(self, _):
+            pass
+
+    class Capture:
+        def __init__(self, graph, **_):
+            self.graph = graph
+
+        def __enter__(self):
+            FakeGraph.current = self.graph
+
+        def __exit__(self, *_):
+            FakeGraph.current = None
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = time.perf_counter()
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.time - self.time)
+
+    properties = types.SimpleNamespace(L2_cache_size=1024)
+    fakes = {
+        "device": Nothing, "Stream": Nothing, "stream": Nothing, "current_stream": Nothing,
+        "CUDAGraph": FakeGraph, "graph": Capture, "Event": Event,
+        "get_device_properties": lambda _: properties,
+        "_sleep": lambda cycles: time.sleep(cycles / 2e9), "synchronize": lambda: None,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_captured_takes_its_arguments_over_at_each_call(fake_cuda, masked):
+    def run(images, keep):
+        out = torch.empty(2, 3)
+
+        def operation():
+            rows = images.mean((2, 3))
+            out.copy_(rows if keep is None else rows * keep)
+
+        operation()
+        if FakeGraph.current is not None:
+            FakeGraph.current.recorded.append(operation)
+        return out
+
+    images, keep = torch.randn(2, 3, 4, 4), torch.ones(2, 3, dtype=torch.bool)
+    call = baselines.captured(run, images, keep if masked else None)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        images, keep = torch.randn(2, 3, 4, 4), torch.rand(2, 3) < 0.5
+        expected = images.mean((2, 3)) * (keep if masked else 1)
+        torch.testing.assert_close(call(images, keep), expected)
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_gpu_stopwatch_leaves_the_head_start_out(fake_cuda, host):
+    stopwatch = timing._CudaStopwatch(torch.device("cpu"), host)
+    took = stopwatch(lambda index: time.sleep(index), 0.01)
+    assert 0.01 <= took < 1
+    short = min(stopwatch(lambda _: None, 0) for _ in range(5))
+    assert short < timing.HEAD_START_SECONDS
 
 
 def test_cpu_baselines_say_why_they_cannot_run(workload):
