@@ -32,6 +32,7 @@ from blockdrop_fast import baselines, benchmark, calibration, crossover, timing
 from blockdrop_fast.benchmark import UnavailableError, Workload
 from blockdrop_fast.engine import compile
 from blockdrop_fast.files import atomic_write
+from blockdrop_fast.folding import fold_network
 from blockdrop_fast.models import ResNet, ResNetConfig, resnet_cifar
 
 RESULTS = Path(__file__).with_name("results")
@@ -167,40 +168,30 @@ class Bench:
             raise UnavailableError("peak memory is a GPU's")
         batch = self.scale.batch(size)
         workload = self.workload(family, batch, "published")
-        images, decisions = workload.images[:batch], workload.decisions[:batch]
+        images = workload.images[:batch]
 
         def engine(strategy: str) -> Callable[[], object]:
             made = compile(workload.model, dtype=workload.dtype, strategy=strategy)
             return lambda: made(images)
 
-        def network(make: Callable) -> Callable[[], object]:
-            call = make()
-            return lambda: call(images, decisions)
+        def network() -> Callable[[], object]:
+            # Without cuDNN's tries, which need memory for what is not taken in the end.
+            folded = fold_network(workload.model.backbone, workload.dtype)
+            complete = baselines.FoldedResNet(folded).eval()
+            return lambda: complete(images)
 
-        folded = workload.folded
+        def graph() -> Callable[[], object]:
+            folded = fold_network(workload.model.backbone, workload.dtype)
+            call = baselines.cudnn_graph(folded, images)
+            return lambda: call(images, None)
+
         makers = {
-            "complete, eager": lambda: network(lambda: baselines.torch_eager(folded)),
-            "complete, cudnn-graph": lambda: network(lambda: baselines.cudnn_graph(folded, images)),
+            "complete, eager": network,
+            "complete, cudnn-graph": graph,
             "dense": lambda: engine("dense"),
             "gather": lambda: engine("gather"),
         }
-        weights = (
-            sum(
-                tensor.numel() * tensor.element_size()
-                for conv in [
-                    folded.stem,
-                    *(conv for block in folded.blocks for conv in block.convs),
-                ]
-                for tensor in (conv.weight, conv.bias)
-            )
-            + folded.fc_weight.numel() * folded.fc_weight.element_size()
-        )
-        result = {"batch": batch}
-        for name, make in makers.items():
-            # Complete networks share the folded weights, which are there already.
-            shared = weights if name.startswith("complete") else 0
-            result[name] = {key: value + shared for key, value in _peak(make).items()}
-        return result
+        return {"batch": batch} | {name: _peak(make) for name, make in makers.items()}
 
     def waits(self, family: str, size: int, contenders: tuple[str, ...]) -> dict:
         """Whether a call returns while the device is busy with what came before."""
