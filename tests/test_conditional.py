@@ -108,6 +108,7 @@ def test_launches_choose_by_the_counts_of_then(program, blocks):
         "not capturing": "expected a stream that is capturing a CUDA graph",
         "switch while not capturing": "expected a stream that is capturing a CUDA graph",
         "old driver": "need a driver for CUDA 12.8, this one is for 12.4",
+        "no driver": "no driver of CUDA is installed",
         "no switch": "cudaErrorInvalidValue",
         "handle of another graph": "cudaErrorInvalidValue",
         "two switches": "cudaErrorInvalidValue",

@@ -108,6 +108,26 @@ def test_policy_decides(pool):
     assert not wanted.all()
 
 
+def test_graphs_of_the_caller_change_the_number_of_images(monkeypatch):
+    """A replay of one, captured for fewer images in the same rows, comes between two calls."""
+    _, executor = make_executor(CIFAR, launch="conditional")
+    images = make_images(CIFAR, 18)
+    policy = make_policy(CIFAR, images, 1)
+    executor.set_policy(fold_network(policy, torch.float32), 1)
+    _, wanted = executor.run_policy(images)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(gather_graph, "is_capturing", lambda device: True)
+        executor.run_policy(images[:17])
+    (batch,) = executor._batches.values()
+    for _ in range(2):
+        _, decisions = executor.run_policy(images)
+        assert torch.equal(decisions, wanted)
+        assert int(batch._all_from) == 18
+        batch._is_image[17:] = False  # as the replay does
+        batch._all_from.fill_(17)
+    assert wanted[17].any()
+
+
 def test_outputs_outlive_the_next_call():
     _, executor = make_executor(CIFAR)
     executor.set_policy(
@@ -162,6 +182,23 @@ def test_ways_by_counts():
     assert not batch._patterns
     executor.run(images, decisions)
     assert list(batch._patterns) == [(Way.NONE, Way.SOME, Way.MASKED, Way.ALL)]
+
+
+def test_switches_by_counts():
+    """They choose by each call's own batch size, also in the buffers of a larger one."""
+    config = ResNetConfig("basic", (4,), (8,), "cifar", "subsample", 2)
+    _, executor = make_executor(config, dense_from=lambda batch: 0.75, launch="conditional")
+    decisions = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]).bool()
+    some, everyone, nobody = 0, 1, 2
+    executor.run(make_images(CIFAR, 4), decisions)
+    assert executor.switches._by_host == [nobody, some, everyone, everyone]
+
+    _, executor = make_executor(config, launch="conditional")
+    images, kept = make_images(CIFAR, 18), torch.ones(18, 4, dtype=torch.bool)
+    kept[0, 0] = False
+    for batch in (18, 17, 18):
+        executor.run(images[:batch], kept[:batch])
+        assert executor.switches._by_host == [some, everyone, everyone, everyone]
 
 
 def test_oldest_pattern_goes(monkeypatch):

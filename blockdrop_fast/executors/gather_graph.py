@@ -177,6 +177,7 @@ class _Batch:
         self._images.zero_()
         self._is_image = torch.zeros(rows, 1, dtype=torch.bool, device=device)
         self._num_images = 0
+        self._in_graph_of_caller = False
         self._decisions = torch.zeros(rows, blocks, dtype=torch.bool, device=device)
         self._indices = empty((blocks, rows), dtype=torch.int32)
         self._counts = empty((blocks,), dtype=torch.int32)
@@ -212,7 +213,9 @@ class _Batch:
     def _take(self, images: Tensor, decisions: Tensor | None) -> None:
         batch = len(images)
         self._images[:batch].copy_(images)
-        if batch != self._num_images or is_capturing(self._executor.device):
+        # Replays of a caller's graph bring their own number of images, and nobody tells us.
+        self._in_graph_of_caller |= is_capturing(self._executor.device)
+        if batch != self._num_images or self._in_graph_of_caller:
             self._is_image[:batch].fill_(True)
             self._is_image[batch:].fill_(False)
             self._all_from.fill_(_all_from(batch, self._executor.dense_from(batch)))

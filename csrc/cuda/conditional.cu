@@ -99,7 +99,10 @@ Capture capture_of(cudaStream_t stream) {
 
 std::string why_not() {
   int driver = 0;
-  C10_CUDA_CHECK(cudaDriverGetVersion(&driver));
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    cudaGetLastError();  // forgets the error
+    return "no driver of CUDA is installed";
+  }
   if (driver >= kOldestDriver) return "";
   return "switch nodes in CUDA graphs need a driver for CUDA " + version_name(kOldestDriver) +
          ", this one is for " + version_name(driver);

@@ -114,8 +114,8 @@ void make_mistake(const std::string& mistake) {
   if (mistake == "switch while not capturing") {
     conditional::add_switch(conditional::make_stream(), 1);
   }
-  if (mistake == "old driver") {
-    graphs::driver_version = 12040;
+  if (mistake == "old driver" || mistake == "no driver") {
+    graphs::driver_version = mistake == "old driver" ? 12040 : 0;
     throw std::runtime_error(conditional::why_not());
   }
   const uint64_t stream = begin();

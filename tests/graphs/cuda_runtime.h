@@ -29,6 +29,7 @@
 enum cudaError_t {
   cudaSuccess,
   cudaErrorInvalidValue,
+  cudaErrorInsufficientDriver,
   cudaErrorIllegalState,
   cudaErrorStreamCaptureUnmatched,
   cudaErrorStreamCaptureWrongThread,
@@ -128,7 +129,10 @@ inline cudaGraphNode_t append(cudaStream_t stream) {
 }  // namespace blockdrop::graphs
 
 inline const char* cudaGetErrorName(cudaError_t error) {
-  const char* const names[] = {"cudaSuccess", "cudaErrorInvalidValue", "cudaErrorIllegalState",
+  const char* const names[] = {"cudaSuccess",
+                               "cudaErrorInvalidValue",
+                               "cudaErrorInsufficientDriver",
+                               "cudaErrorIllegalState",
                                "cudaErrorStreamCaptureUnmatched",
                                "cudaErrorStreamCaptureWrongThread"};
   return names[error];
@@ -136,8 +140,10 @@ inline const char* cudaGetErrorName(cudaError_t error) {
 
 inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = blockdrop::graphs::driver_version;
-  return cudaSuccess;
+  return *version == 0 ? cudaErrorInsufficientDriver : cudaSuccess;
 }
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = new CUstream_st;
