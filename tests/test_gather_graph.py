@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import get_args
@@ -295,6 +296,21 @@ def test_runs_then_captures_then_replays(monkeypatch):
     assert calls == [False, True]
     assert graphs.replays == 3  # capturing does not execute
     assert torch.backends.cudnn.benchmark == before
+
+
+def test_captures_in_a_thread_that_has_run(monkeypatch):
+    """Another thread's choices of algorithms are not known, and a capture cannot make them."""
+    graphs, calls = FakeGraphs(monkeypatch), []
+    recorded = Recorded(lambda: calls.append(graphs.capturing), pool=(0, 1))
+    recorded()
+    for _ in range(2):
+        thread = threading.Thread(target=recorded)
+        thread.start()
+        thread.join()
+    assert calls == [False] * 3
+    recorded()
+    assert calls == [False] * 3 + [True]
+    assert graphs.replays == 1
 
 
 def test_runs_in_the_graph_of_somebody_else(monkeypatch):

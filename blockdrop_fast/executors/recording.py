@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +26,9 @@ class Recorded(Generic[Result]):
 
     On a GPU the first call just runs the function, which compiles kernels and lets cuDNN choose
     its algorithms; the second one captures it in a CUDA graph; from then on a call is one launch,
-    and returns the tensors of the capture with new values in them. On a CPU, and while somebody
-    else captures a graph, every call runs the function.
+    and returns the tensors of the capture with new values in them. Calls from another thread before
+    the capture start over, as torch keeps cuDNN's choices for each thread. On a CPU, and while
+    somebody else captures a graph, every call runs the function.
 
     Args:
         function: without arguments. It must neither wait for the device nor use other streams.
@@ -37,7 +39,7 @@ class Recorded(Generic[Result]):
     def __init__(self, function: Callable[[], Result], pool: tuple[int, int] | None):
         self._function = function
         self._pool = pool
-        self._has_run = False
+        self._in_thread = threading.local()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Result | None = None
 
@@ -47,8 +49,8 @@ class Recorded(Generic[Result]):
             return self._function()
         if self._graph is None:
             with _tuned_convolutions():
-                if not self._has_run:
-                    self._has_run = True
+                if not hasattr(self._in_thread, "has_run"):
+                    self._in_thread.has_run = True
                     return self._function()
                 self._capture()
         self._graph.replay()

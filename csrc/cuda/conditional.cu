@@ -169,6 +169,9 @@ void end_body(uint64_t stream) {
 }
 
 uint64_t make_stream() {
+  // Loads the kernel, which otherwise would be loaded at its first launch: during a capture.
+  cudaFuncAttributes attributes;
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, set_switches_kernel));
   cudaStream_t stream;
   C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   return reinterpret_cast<uint64_t>(stream);

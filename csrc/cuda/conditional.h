@@ -33,8 +33,8 @@ void begin_body(uint64_t stream, uint64_t body);
 // ... and to here.
 void end_body(uint64_t stream);
 
-// A stream for bodies on the current device. Torch's own come from a pool that goes round, so one
-// of those may be capturing already.
+// A stream for bodies on the current device, made before any capture. Torch's own come from a pool
+// that goes round, so one of those may be capturing already.
 uint64_t make_stream();
 void destroy_stream(uint64_t stream);
 
