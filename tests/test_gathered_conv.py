@@ -264,12 +264,14 @@ def test_configurations_of_any_problem_can_run(shared, kernel_size, arithmetic, 
         assert config.why_not(kernel_size, problem.element_size, shared) == ""
 
 
-def test_rule_occupies_the_multiprocessors():
+def test_rule_takes_small_tiles_for_few_images():
     tiles = {}
     for rows in (1, 8, 64, 256):
         config = default_config(make_problem(rows=rows), multiprocessors=132)
         tiles[rows] = (config.block_m, config.block_n)
-    assert tiles == {1: (64, 16), 8: (64, 32), 64: (128, 128), 256: (128, 128)}
+    assert tiles == {1: (64, 16), 8: (64, 64), 64: (128, 128), 256: (128, 128)}
+    many = default_config(make_problem(rows=8), multiprocessors=16)
+    assert (many.block_m, many.block_n) == (128, 128)
     narrow = make_problem(c_in=16, c_out=24)
     assert (default_config(narrow).block_n, default_config(narrow).block_k) == (32, 16)
 

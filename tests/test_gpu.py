@@ -323,6 +323,19 @@ def test_small_gathered_conv_in_any_grid(programs, monkeypatch):
     run_conv(3, 1, (64, 96, 9, 9), 3, "scatter", "bfloat16", monkeypatch, **choices)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_gathered_conv_keeps_nan(dtype):
+    """A NaN pixel of an active image gives NaN there, which ReLU must not hide, and only there."""
+    case = make_case(1, 1, (16, 16, 4, 4), 3, True, False, dtype)
+    out, x, *rest = [part.cuda() if isinstance(part, torch.Tensor) else part for part in case]
+    x[rest[2][1].long(), :, 2, 2] = torch.nan
+    gathered_conv_(out, x, *rest)
+    expected = torch.zeros(3, 4, 4, dtype=torch.bool)
+    expected[1, 2, 2] = True
+    assert torch.equal(out[:3].isnan().all(1).cpu(), expected)
+    assert torch.equal(out[:3].isnan().any(1).cpu(), expected)
+
+
 def test_gathered_conv_beyond_32_bits(monkeypatch):
     """x holds more than 2**31 elements; only the last and the first image are active."""
     rows, c_in, c_out, size = 2800, 256, 16, 56

@@ -52,6 +52,14 @@ DEFAULT_TILES = {
     "tf32": ((128, 64, 4), *_SMALL_TILES),
     "float32": _SMALL_TILES,
 }
+# Small tiles are for few images, where little else hides that a copy from the L2 cache takes as
+# long as several steps.
+_STAGES = {128: 3, 64: 6}
+# For the rule, of an H100 or H200 at its usual clock: multiplications and additions of a
+# multiprocessor, its share of the L2 cache's bandwidth, and what a tile costs besides its steps.
+MACS_PER_CLOCK = {"float16": 2048, "bfloat16": 2048, "tf32": 1024, "float32": 128}
+L2_BYTES_PER_CLOCK = 40
+TILE_CLOCKS = 2000
 
 
 @dataclass(frozen=True)
@@ -164,24 +172,47 @@ def shared_bytes(capability: tuple[int, int]) -> int:
 def default_config(
     problem: Problem, multiprocessors: int = 132, shared: int = SHARED_BYTES[9, 0]
 ) -> Config:
-    """The rule where no table has an entry: the largest tile that occupies all multiprocessors.
+    """The rule where no table has an entry: the tile of the least predicted time.
 
-    Large tiles need the least traffic for an operation; where there are too few of them, smaller
-    ones spread the work. A prediction from arithmetic (NOTES.md), not a measurement.
+    A prediction from arithmetic, not a measurement; NOTES.md has it at length. With enough images
+    the largest tile wins, as it needs the least traffic; with few images one that is small enough
+    for all multiprocessors to have work.
 
     Args:
         problem: the convolution.
         multiprocessors: of the GPU.
         shared: bytes of shared memory that a thread block can have.
     """
-    tiles = DEFAULT_TILES[problem.arithmetic]
-    configs = [config for tile in tiles for config in _configs(problem, tile, shared, (3, 2))[:1]]
-    return next((c for c in configs if problem.tiles(c) >= multiprocessors), configs[-1])
+    configs = [
+        config
+        for tile in DEFAULT_TILES[problem.arithmetic]
+        for config in _configs(problem, tile, shared, (_STAGES[tile[0]], 3, 2))[:1]
+    ]
+    return min(configs, key=lambda config: _predicted_clocks(problem, config, multiprocessors))
 
 
-def candidates(problem: Problem, shared: int = SHARED_BYTES[9, 0]) -> list[Config]:
-    """The configurations worth timing for a problem, each of them valid, largest tiles first."""
-    return [config for tile in TILES for config in _configs(problem, tile, shared, (2, 3, 4))]
+def _predicted_clocks(problem: Problem, config: Config, multiprocessors: int) -> float:
+    """What the busiest multiprocessor takes: for each tile a fill and a drain, and its steps."""
+    macs = config.block_m * config.block_n * config.block_k
+    computing = macs / MACS_PER_CLOCK[problem.arithmetic]
+    loading = config.shared_bytes(problem.element_size) / config.stages / L2_BYTES_PER_CLOCK
+    steps = problem.kernel_size**2 * -(-problem.c_in // config.block_k)
+    tiles = -(-problem.tiles(config) // multiprocessors)
+    return tiles * (TILE_CLOCKS + steps * max(computing, loading))
+
+
+def candidates(
+    problem: Problem, shared: int = SHARED_BYTES[9, 0], multiprocessors: int = 132
+) -> list[Config]:
+    """The configurations worth timing for a problem, each of them valid, largest tiles first.
+
+    Those whose predicted time is more than twice the least one are left out.
+    """
+    configs = [config for tile in TILES for config in _configs(problem, tile, shared, (2, 3, 4, 6))]
+    clocks = [_predicted_clocks(problem, config, multiprocessors) for config in configs]
+    return [
+        config for config, count in zip(configs, clocks, strict=True) if count <= 2 * min(clocks)
+    ]
 
 
 def _configs(
