@@ -14,7 +14,9 @@ import blockdrop_fast as bdf
 from blockdrop_fast import crossover
 from blockdrop_fast._extension import extension_status
 from blockdrop_fast.executors.gather import GatherExecutor
+from blockdrop_fast.executors.layers import Conv
 from blockdrop_fast.executors.walk import WalkExecutor
+from blockdrop_fast.folding import FoldedConv
 from blockdrop_fast.models import ResNet, ResNetConfig, resnet50
 from blockdrop_fast.policy import PolicyNetwork
 from blockdrop_fast.timing import make_reference
@@ -645,3 +647,12 @@ def _noting(executor, ran: list):
         return run(*arguments)
 
     return call
+
+
+def test_adds_to_images_of_one_pixel():
+    """What oneDNN refuses to fuse is computed all the same."""
+    weight, bias = torch.randn(8, 8, 3, 3), torch.randn(8)
+    conv = Conv(FoldedConv(weight.contiguous(memory_format=torch.channels_last), bias, 1, 1))
+    x, other = (torch.randn(2, 8, 1, 1) for _ in range(2))
+    expected = (torch.nn.functional.conv2d(x, weight, bias, padding=1) + other).relu()
+    torch.testing.assert_close(conv.add_relu(x, other), expected)

@@ -69,7 +69,8 @@ class Conv:
             return torch.cudnn_convolution_add_relu(
                 x, self._weight, other, 1.0, self._bias, self._stride, self._padding, [1, 1], 1
             )
-        if not self._can_fuse:
+        # oneDNN, as torch 2.11 calls it, refuses to add images of a single pixel.
+        if not self._can_fuse or other.shape[2] * other.shape[3] == 1:
             return self(x).add_(other).relu_()
         return _fused.binary(
             x, other, self._packed_for(x), self._bias, self._padding, self._stride, [1, 1], 1,
