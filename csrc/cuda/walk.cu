@@ -74,7 +74,12 @@ bool launch_clusters(const Paths& paths, at::ScalarType dtype, int device, int m
       dtype == at::kBFloat16 ? &cluster_kernel<Bfloat16> : &cluster_kernel<Float16>;
   int has_clusters = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device));
-  if (!has_clusters) return false;
+  int most_bytes = 0;  // not all devices with clusters have as much as sm_90
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  if (!has_clusters || static_cast<uint32_t>(most_bytes) < cluster::shared_bytes(paths)) {
+    return false;
+  }
   // Compiled for sm_80, and now for this device by its driver, the kernel is empty.
   cudaFuncAttributes compiled{};
   C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)));
