@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import blockdrop_fast as bdf
-from blockdrop_fast import timing
-from blockdrop_fast.baselines import masked_forward
-from blockdrop_fast.benchmark import make_workload
+from blockdrop_fast.commands.benchmark import make_workload
+from blockdrop_fast.measure import timing
+from blockdrop_fast.measure.baselines import masked_forward
 
 EPOCH_IMAGES = 50_000
 ALPHA, ENTROPY, PENALTY, LEARNING_RATE = 0.8, 0.1, 1.0, 1e-3  # the authors' commands

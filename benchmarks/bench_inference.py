@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from blockdrop_fast.benchmark import (
+from blockdrop_fast.commands.benchmark import (
     BATCHES,
     CONTENDERS,
     NETWORKS,
@@ -17,7 +17,7 @@ from blockdrop_fast.benchmark import (
     measure,
     plan_runs,
 )
-from blockdrop_fast.published import PUBLISHED
+from blockdrop_fast.measure.published import PUBLISHED
 
 DECISIONS = Path(__file__).with_name("decisions")
 

@@ -28,12 +28,15 @@ from pathlib import Path
 
 import torch
 
-from blockdrop_fast import baselines, benchmark, calibration, crossover, timing
-from blockdrop_fast.benchmark import UnavailableError, Workload
+from blockdrop_fast.commands import benchmark
+from blockdrop_fast.commands.benchmark import UnavailableError, Workload
 from blockdrop_fast.engine import compile
+from blockdrop_fast.executors import crossover
 from blockdrop_fast.files import atomic_write
-from blockdrop_fast.folding import fold_network
-from blockdrop_fast.models import ResNet, ResNetConfig, resnet_cifar
+from blockdrop_fast.machine import machine_info
+from blockdrop_fast.measure import baselines, calibration
+from blockdrop_fast.networks.folding import fold_network
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet_cifar
 
 RESULTS = Path(__file__).with_name("results")
 DEFAULT_SECONDS = 440
@@ -574,7 +577,7 @@ def main(environ: Mapping[str, str]) -> int:
         return 2
     scale = rehearsal_scale() if rehearsal else full_scale()
     folder = folder_of(scale, environ)
-    machine = timing.machine_info(scale.device)
+    machine = machine_info(scale.device)
     machine["commit"] = machine["commit"] or environ.get("BLOCKDROP_COMMIT")
     done = earlier_cells(folder / "gpu.json", machine)
     content = {"machine": machine, "rehearsal": rehearsal, "cells": {}, "left_out": []}

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import matplotlib
 
+from blockdrop_fast.machine import machine_info
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
 
-from blockdrop_fast import benchmark, heuristics, timing
+from blockdrop_fast import heuristics
+from blockdrop_fast.commands import benchmark
 from blockdrop_fast.files import atomic_write
+from blockdrop_fast.measure import timing
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def measure(arguments: Arguments) -> dict:
     return {
         "network": arguments.network,
         "strategy": arguments.strategy,
-        "machine": timing.machine_info(),
+        "machine": machine_info(),
         "mean_kept": float(decisions.sum(1).double().mean()),
         "batch": [[size, medians["batch", size]] for size in arguments.batches],
         "kept_batch": arguments.batch,

@@ -1,12 +1,19 @@
 """BlockDrop whose dropped residual blocks leave the clock. See README.md, docs/architecture.md."""
 
 from blockdrop_fast import heuristics
-from blockdrop_fast.blockdrop import BlockDrop, Output
-from blockdrop_fast.checkpoints import CheckpointError, load, load_backbone, pretrained, save
 from blockdrop_fast.engine import Engine, compile
-from blockdrop_fast.evaluation import Evaluation, evaluate
-from blockdrop_fast.flops import flops
-from blockdrop_fast.models import (
+from blockdrop_fast.measure.evaluation import Evaluation, evaluate
+from blockdrop_fast.networks.blockdrop import BlockDrop, Output
+from blockdrop_fast.networks.checkpoints import (
+    CheckpointError,
+    load,
+    load_backbone,
+    pretrained,
+    save,
+)
+from blockdrop_fast.networks.flops import flops
+from blockdrop_fast.networks.policy import PolicyNetwork, decide, policy_resnet8, policy_resnet10
+from blockdrop_fast.networks.resnet import (
     ResNet,
     ResNetConfig,
     resnet32,
@@ -17,7 +24,6 @@ from blockdrop_fast.models import (
     resnet_cifar,
     resnet_imagenet,
 )
-from blockdrop_fast.policy import PolicyNetwork, decide, policy_resnet8, policy_resnet10
 
 __version__ = "0.1.0"
 

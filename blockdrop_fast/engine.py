@@ -13,11 +13,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from blockdrop_fast import crossover, triton
+from blockdrop_fast import triton_kernels
 from blockdrop_fast._extension import build_record, extension_status
-from blockdrop_fast.blockdrop import BlockDrop, Output
-from blockdrop_fast.crossover import Crossover
 from blockdrop_fast.decisions import check_decisions, check_images
+from blockdrop_fast.executors import crossover
+from blockdrop_fast.executors.crossover import Crossover
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import DTYPES as GRAPH_DTYPES
@@ -25,9 +25,10 @@ from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Launch
 from blockdrop_fast.executors.recording import why_no_switches
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
-from blockdrop_fast.folding import FoldedNetwork, fold_network
-from blockdrop_fast.models import ResNet, ResNetConfig
-from blockdrop_fast.policy import decide
+from blockdrop_fast.networks.blockdrop import BlockDrop, Output
+from blockdrop_fast.networks.folding import FoldedNetwork, fold_network
+from blockdrop_fast.networks.policy import decide
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 
 Strategy = Literal["auto", "walk", "gather", "dense"]
 Walk = WalkExecutor | WalkHalfExecutor
@@ -306,7 +307,7 @@ def _make_gather(
     dtype, device = network.stem.weight.dtype, network.stem.weight.device
     if device.type != "cuda":
         return GatherExecutor(network, **rule), remark
-    why_not = triton.why_not(device)
+    why_not = triton_kernels.why_not(device)
     if not why_not and dtype not in GRAPH_DTYPES:
         why_not = f"they do not compute in {dtype}"
     if why_not:

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import blockdrop_fast as bdf
-from blockdrop_fast import crossover
 from blockdrop_fast._extension import extension_status
+from blockdrop_fast.executors import crossover
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.layers import Conv
 from blockdrop_fast.executors.walk import WalkExecutor
-from blockdrop_fast.folding import FoldedConv
-from blockdrop_fast.models import ResNet, ResNetConfig, resnet50
-from blockdrop_fast.policy import PolicyNetwork
-from blockdrop_fast.timing import make_reference
+from blockdrop_fast.measure.timing import make_reference
+from blockdrop_fast.networks.folding import FoldedConv
+from blockdrop_fast.networks.policy import PolicyNetwork
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet50
 
 STRATEGIES = ["walk", "gather", "dense"]
 IMAGES = 64  # the tolerance means something from here on

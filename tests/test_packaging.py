@@ -60,10 +60,11 @@ def test_install_without_kernels_runs_on_references(source_tree, tmp_path):
         "import sys\n"
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         "import torch, blockdrop_fast\n"
-        "from blockdrop_fast import ops, buildinfo\n"
+        "from blockdrop_fast import ops\n"
+        "from blockdrop_fast.commands.info import info\n"
         "print(blockdrop_fast.__file__)\n"
         "print(ops.plan(torch.ones(3, 2, dtype=torch.bool))[1].tolist())\n"
-        "print(buildinfo.info()['parts']['CPU kernels']['why_not'])\n"
+        "print(info()['parts']['CPU kernels']['why_not'])\n"
     )
     result = run(tmp_path, "-c", code, PYTHONPATH=str(target))
     assert result.returncode == 0, result.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast.checkpoints import init_policy_from_resnet18, load_policy
+from blockdrop_fast.networks.checkpoints import init_policy_from_resnet18, load_policy
 from train.config import Curriculum
 from train.loop import (
     Means,

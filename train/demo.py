@@ -9,14 +9,16 @@ from pathlib import Path
 
 import matplotlib
 
+from blockdrop_fast.machine import machine_info
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast import benchmark, timing
-from blockdrop_fast.evaluation import Evaluation
+from blockdrop_fast.commands import benchmark
 from blockdrop_fast.files import atomic_write
+from blockdrop_fast.measure.evaluation import Evaluation
 from train.config import Curriculum, Demo, Finetune, Pretrain
 from train.curriculum import curriculum
 from train.finetune import finetune
@@ -162,7 +164,7 @@ def _measure(
         )
         for name, (_, what) in CONTENDERS.items()
     ]
-    return lines, timing.machine_info()
+    return lines, machine_info()
 
 
 def format_lines(lines: list[Line], dataset: str) -> str:

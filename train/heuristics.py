@@ -7,8 +7,8 @@ import json
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast.checkpoints import load_any
 from blockdrop_fast.files import atomic_write
+from blockdrop_fast.networks.checkpoints import load_any
 from train.config import Heuristics
 from train.loop import evaluate_test, prepare
 

@@ -15,9 +15,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import blockdrop_fast as bdf
-from blockdrop_fast import data as bdf_data
-from blockdrop_fast.evaluation import Evaluation, evaluate
+from blockdrop_fast.data.batches import batches_of, load_dataset
+from blockdrop_fast.data.image_sets import (
+    NO_NORMALIZATION,
+    Dataset,
+    ImageFolder,
+    ImageSet,
+    Normalization,
+)
 from blockdrop_fast.files import atomic_write
+from blockdrop_fast.measure.evaluation import Evaluation, evaluate
 from train.config import Common
 
 STATE_FILE = "state.pt"
@@ -85,10 +92,10 @@ class Run:
         return range(self.first_epoch, self.config.epochs + 1)
 
     def batches(
-        self, image_set: bdf_data.ImageSet | bdf_data.ImageFolder, epoch: int, batch_size: int
+        self, image_set: ImageSet | ImageFolder, epoch: int, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented training batches under a progress bar; a function of the epoch."""
-        batches = bdf_data.batches(
+        batches = batches_of(
             image_set,
             batch_size,
             shuffle=True,
@@ -241,7 +248,7 @@ def evaluation_metrics(evaluation: Evaluation, penalty: float) -> dict[str, floa
     }
 
 
-def prepare(config: Common) -> tuple[torch.device, bdf_data.Dataset]:
+def prepare(config: Common) -> tuple[torch.device, Dataset]:
     """Apply thread and device options, and load the data set."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -249,12 +256,12 @@ def prepare(config: Common) -> tuple[torch.device, bdf_data.Dataset]:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    dataset = bdf_data.load_dataset(config.data)
+    dataset = load_dataset(config.data)
     train = dataset.train if config.limit is None else dataset.train.subset(config.limit)
     test = dataset.test
-    if isinstance(train, bdf_data.ImageSet):
+    if isinstance(train, ImageSet):
         train, test = train.to(device), test.to(device)
-    return device, bdf_data.Dataset(train, test, dataset.name, dataset.classes)
+    return device, Dataset(train, test, dataset.name, dataset.classes)
 
 
 def autocast(config: Common, device: torch.device) -> AbstractContextManager:
@@ -280,10 +287,10 @@ def _in_bfloat16(config: Common, device: torch.device) -> bool:
 
 
 def evaluate_test(
-    engine: bdf.Engine, dataset: bdf_data.Dataset, workers: int, decide=None, batch_size: int = 250
+    engine: bdf.Engine, dataset: Dataset, workers: int, decide=None, batch_size: int = 250
 ) -> Evaluation:
     """Evaluate on the test split."""
-    batches = bdf_data.batches(
+    batches = batches_of(
         dataset.test,
         batch_size,
         normalization=normalization_of(engine.model),
@@ -294,10 +301,10 @@ def evaluate_test(
     return evaluate(engine, batches, decide)
 
 
-def normalization_of(model: nn.Module) -> bdf_data.Normalization:
+def normalization_of(model: nn.Module) -> Normalization:
     """What the model's images are normalised with."""
     backbone = model.backbone if isinstance(model, bdf.BlockDrop) else model
-    return backbone.normalization or bdf_data.NO_NORMALIZATION
+    return backbone.normalization or NO_NORMALIZATION
 
 
 def device_of(model: nn.Module) -> torch.device:

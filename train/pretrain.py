@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import blockdrop_fast as bdf
-from blockdrop_fast.data import IMAGENET_NORMALIZATION, Dataset
+from blockdrop_fast.data.image_sets import IMAGENET_NORMALIZATION, Dataset
 from train.config import Pretrain
 from train.loop import (
     Means,

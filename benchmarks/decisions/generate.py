@@ -1,7 +1,7 @@
 """Write the decisions files: ``python benchmarks/decisions/generate.py``.
 
 Each is a NumPy array (1024, ceil(K / 8)) uint8, ``numpy.packbits`` of the (1024, K) decisions
-that ``blockdrop_fast.published`` draws. The same bytes on every machine.
+that ``blockdrop_fast.measure.published`` draws. The same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blockdrop_fast.published import PUBLISHED, fits, published_decisions
+from blockdrop_fast.measure.published import PUBLISHED, fits, published_decisions
 
 
 def main() -> None:

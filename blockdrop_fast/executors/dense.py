@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from blockdrop_fast.executors.layers import Layers
-from blockdrop_fast.folding import FoldedNetwork
+from blockdrop_fast.networks.folding import FoldedNetwork
 
 
 class DenseExecutor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from blockdrop_fast.executors.layers import Block, Layers
-from blockdrop_fast.folding import FoldedNetwork
-from blockdrop_fast.models import take_images
-from blockdrop_fast.plan import Plan, plan, plan_sets
+from blockdrop_fast.executors.plan import Plan, plan, plan_sets
+from blockdrop_fast.networks.folding import FoldedNetwork
+from blockdrop_fast.networks.resnet import take_images
 
 # From this share of active rows on, copying them out and back costs more than computing the
 # dropped ones. Measured on a CPU for each stage of ResNet-50 and ResNet-20: gathering 7 of 8 rows

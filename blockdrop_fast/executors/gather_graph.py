@@ -40,10 +40,10 @@ from blockdrop_fast.executors.recording import (
     is_capturing,
     why_no_switches,
 )
-from blockdrop_fast.folding import FoldedBlock, FoldedConv, FoldedNetwork
+from blockdrop_fast.networks.folding import FoldedBlock, FoldedConv, FoldedNetwork
+from blockdrop_fast.networks.policy import decide
 from blockdrop_fast.ops.gathered_conv import gathered_conv_, pack_conv
 from blockdrop_fast.ops.plan import plan
-from blockdrop_fast.policy import decide
 
 Launch = Literal["counts", "universal", "conditional"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blockdrop_fast.folding import FoldedBlock, FoldedConv, FoldedNetwork
+from blockdrop_fast.networks.folding import FoldedBlock, FoldedConv, FoldedNetwork
 
 _pack = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None)
 _fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)

@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blockdrop_fast.folding import FoldedNetwork
-from blockdrop_fast.ops.walk import (
-    WIDTHS,
-    pack_classifier,
-    pack_conv,
-    walk,
-    walk_policy,
-)
+from blockdrop_fast.networks.folding import FoldedNetwork
+from blockdrop_fast.ops.walk import WIDTHS, pack_classifier, pack_conv, walk, walk_policy
 
 
 class WalkExecutor:

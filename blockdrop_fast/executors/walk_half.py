@@ -8,7 +8,7 @@ from torch import Tensor
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.walk import check_architecture, check_policy
-from blockdrop_fast.folding import FoldedNetwork
+from blockdrop_fast.networks.folding import FoldedNetwork
 from blockdrop_fast.ops.plan import plan
 from blockdrop_fast.ops.walk_half import (
     DTYPES,

@@ -5,11 +5,7 @@ references run instead, and ``blockdrop info`` says why.
 """
 
 from blockdrop_fast._extension import load_extension
-from blockdrop_fast.ops.gathered_conv import (
-    gathered_conv_,
-    gathered_conv_reference_,
-    pack_conv,
-)
+from blockdrop_fast.ops.gathered_conv import gathered_conv_, gathered_conv_reference_, pack_conv
 from blockdrop_fast.ops.plan import plan, plan_reference
 from blockdrop_fast.ops.walk import (
     walk,

@@ -1,8 +1,8 @@
 """One convolution of a residual block on a batch's active images, with all that surrounds it.
 
-Kernel: ``blockdrop_fast/triton/gathered_conv.py``, for CUDA. A residual block on its active images
-is a chain of these: the first one gathers its input rows, the last one adds to the residual and
-stores in place; between them lie compact buffers.
+Kernel: ``blockdrop_fast/triton_kernels/gathered_conv.py``, for CUDA. A residual block on its active
+images is a chain of these: the first one gathers its input rows, the last one adds to the residual
+and stores in place; between them lie compact buffers.
 """
 
 from __future__ import annotations
@@ -214,13 +214,13 @@ def _gathered_conv_cuda(
     scatter: bool,
 ) -> None:
     # Imported at the first call: the package works without triton.
-    from blockdrop_fast.triton import KERNEL_DTYPES, why_not
+    from blockdrop_fast.triton_kernels import KERNEL_DTYPES, why_not
 
     arguments = (out, x, weight, bias, active, count, kernel_size, stride)
     if x.dtype not in KERNEL_DTYPES or why_not(x.device):
         gathered_conv_reference_(*arguments, gather, scatter)
         return
-    from blockdrop_fast.triton.gathered_conv import launch_gathered_conv
+    from blockdrop_fast.triton_kernels.gathered_conv import launch_gathered_conv
 
     check(*arguments)
     launch_gathered_conv(*arguments, gather, scatter)

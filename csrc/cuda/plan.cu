@@ -181,7 +181,7 @@ __device__ void order_by_usage(const bool* __restrict__ decisions,  // [B, K]
 }
 
 // A thread block of 1024 threads leaves 64 registers to each.
-// tests/test_cuda_build.py holds the kernel to this line:
+// tests/ops/test_cuda_build.py holds the kernel to this line:
 // limits: plan_kernel 64 registers, 0 bytes spilled, 4352 bytes static shared memory
 __global__ void __launch_bounds__(kThreads)
     plan_kernel(const bool* __restrict__ decisions,  // [B, K]

@@ -33,7 +33,7 @@ namespace {
 // at a time (four tiles of 8 pixels instead of twice two) would spare a second reading of its
 // weights from shared memory, and spill.
 //
-// tests/test_cuda_build.py holds the kernels to these lines:
+// tests/ops/test_cuda_build.py holds the kernels to these lines:
 // limits: walk_kernel 128 registers, 0 bytes spilled, 0 bytes static shared memory
 // limits: cluster_kernel 160 registers, 0 bytes spilled, 0 bytes static shared memory
 constexpr int kBlocksPerMultiprocessor = 2;

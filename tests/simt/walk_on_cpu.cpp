@@ -1,5 +1,5 @@
 // The CUDA walk as a library for a CPU: the kernel's own device code over tests/simt.
-// tests/test_walk_half.py compiles it and calls it.
+// tests/ops/test_walk_half.py compiles it and calls it.
 
 #include <cstdint>
 

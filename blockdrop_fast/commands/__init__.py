@@ -1,0 +1,1 @@
+"""The command ``blockdrop``, a module a subcommand."""

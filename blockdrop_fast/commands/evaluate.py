@@ -1,0 +1,133 @@
+"""The command ``blockdrop evaluate``: what the authors' test prints, for any checkpoint."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tyro.conf import Positional
+
+from blockdrop_fast import heuristics
+from blockdrop_fast.data.batches import batches_of, load_dataset
+from blockdrop_fast.data.image_sets import NO_NORMALIZATION, ImageFolder, ImageSet, Normalization
+from blockdrop_fast.engine import Engine, compile
+from blockdrop_fast.files import atomic_write
+from blockdrop_fast.measure.evaluation import evaluate
+from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.checkpoints import load_any
+
+Heuristic = Literal["first_k", "random_k", "distribute_k"]
+
+
+def command(
+    checkpoint: Positional[Path],
+    data: Path | None = None,
+    strategy: Literal["auto", "walk", "gather", "dense"] = "auto",
+    batch_size: int = 256,
+    limit: int | None = None,
+    heuristic: Heuristic | None = None,
+    keep: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    json: Path | None = None,
+) -> None:
+    """Evaluate a checkpoint on the test split of a data set.
+
+    Args:
+        checkpoint: BlockDrop model, evaluated at its policy's decisions, or a bare backbone,
+            which keeps all blocks.
+        data: data set folder; default: BLOCKDROP_DATA, else the embedded handwritten digits.
+        strategy: how the engine executes.
+        batch_size: images a batch.
+        limit: use only so many test images, drawn at random.
+        heuristic: decide by this rule (BlockDrop section 4.2) in place of the policy.
+        keep: blocks that the heuristic keeps.
+        seed: of random_k, which draws one set of blocks for all images.
+        device: cpu, cuda, …; auto takes a GPU where there is one.
+        json: also write the results to this file.
+    """
+    if (heuristic is None) != (keep is None):
+        raise ValueError("heuristic and keep: give both, or neither")
+    engine, split, normalization = prepare(checkpoint, data, strategy, limit, device)
+    decide = None if heuristic is None else _decide(heuristic, keep, seed, engine)
+    batches = batches_of(split, batch_size, normalization=normalization, device=engine.device)
+    evaluation = evaluate(engine, batches, decide)
+    if heuristic is not None:
+        decisions = f"{heuristic}, {keep} of {engine.config.num_blocks} blocks"
+    else:
+        decisions = "policy" if isinstance(engine.model, BlockDrop) else "all blocks"
+    about = {
+        "checkpoint": str(checkpoint),
+        "data": f"{split.name}, test",
+        "decisions": decisions,
+        "strategy": f"{engine.strategy} ({engine.strategy_reason})",
+    }
+    for name, value in about.items():
+        print(f"{name:<16} {value}")
+    print(evaluation.format())
+    if json is not None:
+        about |= {"strategy": engine.strategy, "strategy_reason": engine.strategy_reason}
+        about |= {"heuristic": heuristic, "keep": keep, "seed": seed, "device": str(engine.device)}
+        with atomic_write(json) as path:
+            path.write_text(json_module.dumps(about | evaluation.to_dict(), indent=1) + "\n")
+
+
+def prepare(
+    checkpoint: Path, data: Path | None, strategy: str, limit: int | None, device: str
+) -> tuple[Engine, ImageSet | ImageFolder, Normalization]:
+    """What commands need that run a checkpoint on a data set.
+
+    Args:
+        checkpoint, data, strategy, limit, device: as of ``command``.
+
+    Returns:
+        The compiled checkpoint, the test split, and what to normalise its images with. Where a
+        checkpoint does not say that, images are left in 0…1, and a line is printed.
+
+    Raises:
+        ValueError: the data set has another number of classes than the network, or ``limit`` or
+            ``device`` is impossible.
+        OSError, CheckpointError: a file cannot be read.
+    """
+    model = load_any(checkpoint)
+    engine = compile(model.to(_device(device)), strategy=strategy)
+    dataset = load_dataset(data)
+    split, classes = dataset.test, engine.config.num_classes
+    if len(dataset.classes) != classes:
+        raise ValueError(
+            f"data: {dataset.name} has {len(dataset.classes)} classes, but the network of "
+            f"{checkpoint} has {classes}"
+        )
+    if limit is not None:
+        if not 1 <= limit <= len(split):
+            raise ValueError(f"limit: expected 1 to {len(split)} images, got {limit}")
+        split = split.subset(limit)
+    normalization = engine.backbone.normalization
+    if normalization is None:
+        print(f"{checkpoint} does not say how to normalise images: they are left in 0…1")
+        normalization = NO_NORMALIZATION
+    return engine, split, normalization
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device: {name!r} is not available ({reason})") from None
+    return device
+
+
+def _decide(
+    heuristic: Heuristic, keep: int, seed: int, engine: Engine
+) -> Callable[[Tensor], Tensor]:
+    options = {"device": engine.device} | ({"seed": seed} if heuristic == "random_k" else {})
+    rule, segments = getattr(heuristics, heuristic), engine.config.layers
+    return lambda images: rule(keep, segments, len(images), **options)

@@ -1,0 +1,1 @@
+"""Data sets: reading them, and batches of normalised images."""

@@ -1,0 +1,1 @@
+"""Measurements: accuracy, time, and what BlockDrop is timed against."""

@@ -1,0 +1,367 @@
+"""Timing contenders fairly: right logits first, then round-robin, then medians.
+
+The one module that ``blockdrop benchmark`` and ``benchmarks/`` time with. It knows nothing of
+what the contenders are; those are in ``baselines`` and ``commands.benchmark``.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from blockdrop_fast.networks.blockdrop import Output
+from blockdrop_fast.networks.policy import PolicyNetwork
+from blockdrop_fast.networks.resnet import ResNet
+
+# What a contender ran just before may still hold the cores (thread pools spin for some
+# milliseconds after a call) and the caches: a contender faster than this gets one untimed call
+# of its own before each timed one. For slower ones neither matters.
+SETTLE_SECONDS = 0.1
+# How long a GPU is kept busy before a timed call, so that the host is ahead of it when it begins:
+# longer than any engine here takes to launch a batch.
+HEAD_START_SECONDS = 5e-4
+# Images of one float64 pass: all layers of ResNet-101 take some gigabytes at this many.
+REFERENCE_CHUNK = 64
+
+
+class WrongLogitsError(AssertionError):
+    """A contender's logits are outside of the tolerance, so it is not timed."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of computing a network's logits.
+
+    Attributes:
+        name: how tables and benchmarks call it.
+        call: (images (B, 3, H, W), decisions (B, K) bool) -> logits (B, C). Images come
+            contiguous (channels first); conversions to another layout are part of the call. The
+            next call may overwrite the logits.
+        kind: "baseline" is a complete ResNet of another engine, "all_kept" a complete ResNet in
+            an engine of ours; both ignore the decisions. "blockdrop" executes the decisions, and
+            pays for the policy network in the same call. "decides" executes what its own policy
+            network decides, and returns an ``Output``: logits and decisions.
+    """
+
+    name: str
+    call: Callable[[Tensor, Tensor], Tensor | Output]
+    kind: Literal["baseline", "all_kept", "blockdrop", "decides"]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The logits that a contender must give.
+
+    Attributes:
+        logits: (N, C) float64.
+        tolerance: the largest absolute error allowed: twice that of eager PyTorch with unfolded
+            batch norm at the contenders' precision, and four roundings of the largest logit.
+    """
+
+    logits: Tensor
+    tolerance: float
+
+    def check(self, name: str, logits: Tensor) -> None:
+        """Raise unless ``logits`` (N, C) are right.
+
+        Raises:
+            WrongLogitsError: naming the contender, its error and the tolerance.
+        """
+        if logits.shape != self.logits.shape:
+            raise WrongLogitsError(
+                f"{name}: expected logits of shape {tuple(self.logits.shape)}, "
+                f"got {tuple(logits.shape)}"
+            )
+        error = float((logits.double() - self.logits).abs().max())
+        if not error <= self.tolerance:  # NaN is wrong, too
+            raise WrongLogitsError(
+                f"{name}: logits are off by {error:.3g}, the tolerance is {self.tolerance:.3g}; "
+                "not timed"
+            )
+
+    def check_decisions(self, name: str, decisions: Tensor) -> None:
+        """Raise unless ``decisions`` (N, K) are those of policy logits that are right.
+
+        These are the policy network's reference logits: where one is closer to zero than the
+        tolerance, either decision is right.
+
+        Raises:
+            WrongLogitsError: naming the contender and how many decisions are wrong.
+        """
+        if decisions.shape != self.logits.shape:
+            raise WrongLogitsError(
+                f"{name}: expected decisions of shape {tuple(self.logits.shape)}, "
+                f"got {tuple(decisions.shape)}"
+            )
+        wrong = (decisions != (self.logits >= 0)) & (self.logits.abs() > self.tolerance)
+        if wrong.any():
+            raise WrongLogitsError(
+                f"{name}: {int(wrong.sum())} of {wrong.numel()} decisions are not the policy "
+                "network's; not timed"
+            )
+
+
+def make_reference(
+    backbone: ResNet, images: Tensor, decisions: Tensor | None, dtype: torch.dtype
+) -> Reference:
+    """The reference for images at given decisions (None: all blocks kept).
+
+    Args:
+        backbone: in eval mode; its forward defines what is right.
+        images: (N, 3, H, W) of ``dtype``; the tolerance means something from 64 images on.
+        decisions: (N, K) bool, or None.
+        dtype: the contenders' precision.
+    """
+    return _reference(backbone, lambda one, *inputs: one(*inputs), images, decisions, dtype)
+
+
+def make_policy_reference(policy: PolicyNetwork, images: Tensor, dtype: torch.dtype) -> Reference:
+    """The reference of a policy network's logits (N, K), for ``Reference.check_decisions``.
+
+    Args: as of ``make_reference``.
+    """
+    return _reference(policy, lambda one, inputs, _: one.logits(inputs), images, None, dtype)
+
+
+@torch.no_grad()
+def _reference(
+    module: nn.Module,
+    run: Callable[[nn.Module, Tensor, Tensor | None], Tensor],
+    images: Tensor,
+    decisions: Tensor | None,
+    dtype: torch.dtype,
+) -> Reference:
+    # float64 convolutions take half the time in channels-last.
+    layout = torch.channels_last
+    double = copy.deepcopy(module).to(dtype=torch.float64, memory_format=layout)
+    rounded = copy.deepcopy(module).to(dtype)
+    exact, eager = [], []
+    for start in range(0, len(images), REFERENCE_CHUNK):
+        rows = slice(start, start + REFERENCE_CHUNK)
+        keep = None if decisions is None else decisions[rows]
+        inputs = images[rows].to(dtype=torch.float64, memory_format=layout)
+        exact.append(run(double, inputs, keep))
+        eager.append(run(rounded, images[rows], keep))
+    logits = torch.cat(exact)
+    error = float((torch.cat(eager).double() - logits).abs().max())
+    return Reference(logits, 2 * error + 4 * torch.finfo(dtype).eps * float(logits.abs().max()))
+
+
+def chunks(batch: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split tensors of N images each into batches of exactly ``batch``.
+
+    Raises:
+        ValueError: N is not a multiple of the batch size.
+    """
+    total = len(tensors[0])
+    if batch < 1 or total % batch:
+        raise ValueError(f"batch: expected a divisor of the {total} images, got {batch}")
+    return list(zip(*(tensor.split(batch) for tensor in tensors), strict=True))
+
+
+def check_contender(
+    contender: Contender,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    all_kept: Reference,
+    at_decisions: Reference,
+    check_own: Callable[[str, Output], None] | None = None,
+) -> Tensor | None:
+    """Run a contender over all batches and compare what it gives with its reference.
+
+    Args:
+        contender, batches, all_kept, at_decisions: see ``time_contenders``.
+        check_own: (name, output of all images) -> raises unless the decisions are the policy
+            network's and the logits right at them; needed for the kind "decides".
+
+    Returns:
+        (N, K) bool, the decisions that it executed; None of a complete network.
+
+    Raises:
+        WrongLogitsError: it is wrong.
+    """
+    logits, executed = [], []
+    with torch.inference_mode():
+        for images, keep in batches:
+            output = contender.call(images, keep)
+            if contender.kind == "decides":
+                executed.append(output.decisions.clone())
+                output = output.logits
+            logits.append(output.clone())
+    if contender.kind == "decides":
+        decisions = torch.cat(executed)
+        check_own(contender.name, Output(torch.cat(logits), decisions))
+        return decisions
+    reference = at_decisions if contender.kind == "blockdrop" else all_kept
+    reference.check(contender.name, torch.cat(logits))
+    given = [keep for _, keep in batches]
+    return torch.cat(given) if contender.kind == "blockdrop" else None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was measured of contenders, by their names.
+
+    Attributes:
+        samples: seconds a call, one sample a round. On a GPU: of the device.
+        host_samples: the same from call to synchronised result; empty if not asked for.
+        decisions: (N, K) bool, the decisions executed; None of a complete network.
+    """
+
+    samples: dict[str, list[float]]
+    host_samples: dict[str, list[float]]
+    decisions: dict[str, Tensor | None]
+
+
+def time_contenders(
+    contenders: Sequence[Contender],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    all_kept: Reference,
+    at_decisions: Reference,
+    check_own: Callable[[str, Output], None] | None = None,
+    *,
+    rounds: int = 10,
+    min_seconds: float = 0.0,
+    warmup: int = 1,
+    host: bool = False,
+) -> Timed:
+    """Check every contender, then time all of them round-robin.
+
+    Args:
+        contenders: with different names.
+        batches: of (images (B, 3, H, W), decisions (B, K) bool), together the images of the
+            references in their order. Round i times all contenders on batch i, modulo their
+            number.
+        all_kept, at_decisions: what the contenders must give, by their kind.
+        check_own: see ``check_contender``.
+        rounds, min_seconds, warmup: see ``interleave``.
+        host: time on the host, too (see ``interleave``), in a round-robin of its own.
+
+    Raises:
+        WrongLogitsError: a contender is wrong; none is timed then.
+        ValueError: two contenders of the same name.
+    """
+    calls, decisions = {}, {}
+    for contender in contenders:
+        if contender.name in calls:
+            raise ValueError(f"contenders: two are called {contender.name!r}")
+        decisions[contender.name] = check_contender(
+            contender, batches, all_kept, at_decisions, check_own
+        )
+
+        def call(index: int, run: Callable = contender.call) -> Tensor | Output:
+            return run(*batches[index % len(batches)])
+
+        calls[contender.name] = call
+    options = {"rounds": rounds, "min_seconds": min_seconds, "device": batches[0][0].device}
+    with torch.inference_mode():
+        samples = interleave(calls, warmup=warmup, **options)
+        host_samples = interleave(calls, warmup=0, host=True, **options) if host else {}
+    return Timed(samples, host_samples, decisions)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[int], object]],
+    *,
+    rounds: int,
+    min_seconds: float = 0.0,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    host: bool = False,
+) -> dict[str, list[float]]:
+    """Time calls round-robin (A B C A B C …), so that drift of the machine hits all alike.
+
+    Args:
+        calls: by name; each gets the number of the round.
+        rounds: timed rounds, at least.
+        min_seconds: go on with more rounds until so much time has passed.
+        warmup: untimed rounds before.
+        device: where the calls compute. On CUDA, events on the current stream time the device,
+            and the L2 cache is flushed before each timed call.
+        host: on CUDA, time on the host's clock instead, from the call to the synchronised result:
+            what one caller waits for, launches included.
+
+    Returns:
+        Seconds a call, one sample a round, by name.
+
+    Raises:
+        ValueError: fewer than one round.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    device = torch.device(device)
+    stopwatch = _CudaStopwatch(device, host) if device.type == "cuda" else _host_stopwatch
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(warmup):
+        for call in calls.values():
+            call(index)
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        started, index = time.perf_counter(), 0
+        while index < rounds or time.perf_counter() - started < min_seconds:
+            for name, call in calls.items():
+                if not samples[name] or samples[name][-1] < SETTLE_SECONDS:
+                    call(index)
+                samples[name].append(stopwatch(call, index))
+            index += 1
+    finally:
+        if collects:
+            gc.enable()
+    return samples
+
+
+def _host_stopwatch(call: Callable[[int], object], index: int) -> float:
+    started = time.perf_counter()
+    call(index)
+    return time.perf_counter() - started
+
+
+class _CudaStopwatch:
+    """Times what a call does on the device, or takes until its result is there, from a cold L2."""
+
+    def __init__(self, device: torch.device, host: bool):
+        self._device, self._host = device, host
+        properties = torch.cuda.get_device_properties(device)
+        self._flush = torch.empty(
+            max(4 * properties.L2_cache_size, 1), dtype=torch.uint8, device=device
+        )
+        # Of the device's clock, which ticks at 1 to 2 GHz.
+        self._head_start = int(HEAD_START_SECONDS * 2e9)
+
+    def __call__(self, call: Callable[[int], object], index: int) -> float:
+        with torch.cuda.device(self._device):
+            self._flush.zero_()
+            return (self._on_host if self._host else self._on_device)(call, index)
+
+    def _on_device(self, call: Callable[[int], object], index: int) -> float:
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        # While the device waits, the host gets ahead: what is timed is the device's work and,
+        # where the host cannot keep up or waits for the device, the waiting for it.
+        torch.cuda._sleep(self._head_start)
+        start.record()
+        call(index)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def _on_host(self, call: Callable[[int], object], index: int) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call(index)
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def median(samples: Sequence[float]) -> float:
+    """The median of a contender's samples, in seconds."""
+    return statistics.median(samples)

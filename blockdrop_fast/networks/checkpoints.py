@@ -1,0 +1,578 @@
+"""Reading and writing checkpoints: our own format, and the foreign ones that people have.
+
+A foreign file takes three steps: translate its keys into ours (the tables below), infer the
+architecture from keys and shapes, load strictly. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from blockdrop_fast.data.image_sets import (
+    IMAGENET_NORMALIZATION,
+    NO_NORMALIZATION,
+    R32_C10_NORMALIZATION,
+    Normalization,
+)
+from blockdrop_fast.files import atomic_write
+from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.policy import PolicyNetwork
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, ShortcutKind
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "blockdrop_fast"
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+
+Tensors = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be loaded; the message names the file and what is wrong with it."""
+
+
+# ------------------------------------------------------------------ keys of foreign files
+
+# (pattern, our name); the first match of a table is applied, other keys stay as they are.
+# Segments count from 1 in torchvision's names and from 0 in the authors' and in ours.
+_WRAPPER_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")  # DataParallel, torch.compile
+_NETWORK_KEYS = [
+    (r"^layer(\d+)\.0\.(?:downsample|shortcut)\.0\.", "shortcuts.{0}.conv.", 1),
+    (r"^layer(\d+)\.0\.(?:downsample|shortcut)\.1\.", "shortcuts.{0}.bn.", 1),
+    (r"^layer(\d+)\.(\d+)\.", "segments.{0}.{1}.", 1),
+    (r"^ds\.(\d+)\.0\.", "shortcuts.{0}.conv.", 0),
+    (r"^ds\.(\d+)\.1\.", "shortcuts.{0}.bn.", 0),
+    (r"^blocks\.(\d+)\.(\d+)\.", "segments.{0}.{1}.", 0),
+    (r"^linear\.", "fc.", 0),
+]
+# The authors' policy network: its ResNet is called features and its head logit. vnet is an
+# unused value estimate, features.fc what was left of the ResNet's own classifier.
+_POLICY_UNUSED = re.compile(r"^(vnet|features\.fc)\.")
+_POLICY_KEYS = [(r"^features\.", ""), (r"^logit\.", "fc.")]
+
+# Where a torch file keeps the state dict of the wanted network; {} itself otherwise.
+_BACKBONE_ENTRIES = ("resnet", "state_dict", "model")
+_POLICY_ENTRIES = ("agent", "net")
+
+
+def _translate_network(tensors: Tensors) -> Tensors:
+    """Keys of a torchvision-, CIFAR- or authors'-style ResNet -> keys of ``ResNet``."""
+    return {_translate_network_key(key): value for key, value in tensors.items()}
+
+
+def _translate_network_key(key: str) -> str:
+    for pattern, name, first in _NETWORK_KEYS:
+        match = re.match(pattern, key)
+        if match:
+            numbers = [int(number) for number in match.groups()]
+            if numbers:
+                numbers[0] -= first
+            return name.format(*numbers) + key[match.end() :]
+    return key
+
+
+def _translate_policy(tensors: Tensors) -> Tensors:
+    """Keys of an authors' policy network -> keys of ``ResNet``."""
+    translated = {}
+    for key, value in tensors.items():
+        if _POLICY_UNUSED.match(key):
+            continue
+        for pattern, name in _POLICY_KEYS:
+            key = re.sub(pattern, name, key)
+        translated[_translate_network_key(key)] = value
+    return translated
+
+
+# ------------------------------------------------------------------ inferring, loading
+
+
+def _infer_config(tensors: Tensors, has_linear: bool, where: str) -> ResNetConfig:
+    """Read the architecture off the shapes of a state dict with our keys.
+
+    Without parameters in them, the two CIFAR shortcuts can only be told apart by convention:
+    files whose classifier is called ``linear`` subsample, those with ``fc`` pool.
+    """
+    sizes: dict[int, int] = {}
+    for key in tensors:
+        match = re.match(r"^segments\.(\d+)\.(\d+)\.", key)
+        if match:
+            segment, block = map(int, match.groups())
+            sizes[segment] = max(sizes.get(segment, 0), block + 1)
+    needed = ["conv1.weight", "fc.weight"]
+    needed += [f"segments.{segment}.0.conv1.weight" for segment in range(max(1, len(sizes)))]
+    missing = [key for key in needed if key not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{where}: not a ResNet of a known layout; no tensor that would be {_some(missing)}, "
+            f"the keys are {_some(tensors)}"
+        )
+    wrong = [key for key in needed if tensors[key].ndim != (2 if key == "fc.weight" else 4)]
+    if wrong:
+        raise CheckpointError(
+            f"{where}: expected a convolution or linear weight, got shapes "
+            + _some(f"{key} {tuple(tensors[key].shape)}" for key in wrong)
+        )
+    stems = {3: "cifar", 7: "imagenet"}
+    kernel = tensors["conv1.weight"].shape[-1]
+    if kernel not in stems:
+        raise CheckpointError(
+            f"{where}: expected a 3x3 (CIFAR) or 7x7 (ImageNet) first convolution, got shape "
+            f"{tuple(tensors['conv1.weight'].shape)}"
+        )
+    if any(key.startswith("shortcuts.") for key in tensors):
+        shortcut = "projection"
+    else:
+        shortcut = "subsample" if has_linear else "average_pool"
+    try:
+        return ResNetConfig(
+            block="bottleneck" if "segments.0.0.conv3.weight" in tensors else "basic",
+            layers=tuple(sizes[segment] for segment in range(len(sizes))),
+            widths=tuple(
+                tensors[f"segments.{segment}.0.conv1.weight"].shape[0]
+                for segment in range(len(sizes))
+            ),
+            stem=stems[kernel],
+            shortcut=shortcut,
+            num_classes=tensors["fc.weight"].shape[0],
+        )
+    except ValueError as error:  # empty weights
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _override(inferred: ResNetConfig, overrides: Mapping[str, Any], where: str) -> ResNetConfig:
+    """Apply what the caller (or the metadata) says, where the weights leave it open."""
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        config = replace(inferred, **given)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    for name in given:
+        asked, found = getattr(config, name), getattr(inferred, name)
+        # Which of the two shortcuts without parameters is a choice, whether it has some is not.
+        free = name == "shortcut" and "projection" not in (asked, found)
+        # A network that never changes shape has no shortcuts to tell.
+        free = free or (name == "shortcut" and len(inferred.layers) == 1)
+        if asked != found and not free:
+            raise CheckpointError(
+                f"{where}: {name}={asked!r} contradicts the file's weights, which have "
+                f"{name}={found!r}"
+            )
+    return config
+
+
+def _build_network(config: ResNetConfig, tensors: Tensors, where: str) -> ResNet:
+    """A ResNet with exactly these weights, in the file's dtype; strict."""
+    try:
+        with torch.device("meta"):  # no memory, no random numbers for weights to be replaced
+            network = ResNet(config)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    _load_strictly(network, tensors, where)
+    return network
+
+
+def _load_strictly(network: ResNet, tensors: Tensors, where: str) -> None:
+    expected = network.state_dict()
+    tensors = dict(tensors)
+    for key in expected:
+        if key.endswith(".num_batches_tracked"):  # absent from files of before PyTorch 0.4.1
+            tensors.setdefault(key, torch.zeros((), dtype=torch.long))
+    problems = []
+    missing = [key for key in expected if key not in tensors]
+    surplus = [key for key in tensors if key not in expected]
+    if missing:
+        problems.append(f"{len(missing)} missing keys: {_some(missing)}")
+    if surplus:
+        problems.append(f"{len(surplus)} surplus keys: {_some(surplus)}")
+    common = [key for key in expected if key in tensors]
+    shapes = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in common
+        if tensors[key].shape != expected[key].shape
+    ]
+    if shapes:
+        problems.append(f"{len(shapes)} tensors of another shape: {_some(shapes)}")
+    dtypes = [
+        f"{key} {tensors[key].dtype}"
+        for key in common
+        if tensors[key].is_floating_point() != expected[key].is_floating_point()
+    ]
+    if dtypes:
+        problems.append(f"{len(dtypes)} tensors of an unexpected dtype: {_some(dtypes)}")
+    if problems:
+        raise CheckpointError(
+            f"{where}: does not fit the architecture {network.config}: {'; '.join(problems)} "
+            "(keys as blockdrop_fast names them)"
+        )
+    copies = {
+        key: tensors[key].detach().clone(memory_format=torch.contiguous_format) for key in expected
+    }
+    network.load_state_dict(copies, strict=True, assign=True)
+
+
+def _some(names: Iterable, limit: int = 4) -> str:
+    names = list(names)
+    listed = ", ".join(str(name) for name in names[:limit]) or "none"
+    return listed + (f", … ({len(names)} in all)" if len(names) > limit else "")
+
+
+# ------------------------------------------------------------------ files
+
+
+def _read(path: Path) -> tuple[dict, dict | None]:
+    """File -> (content, our own metadata or None for foreign files)."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if not start:
+        raise CheckpointError(f"{path}: is empty")
+    # A safetensors file is the length of its header in 8 bytes, and then the header in JSON.
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return _read_safetensors(path)
+    # Zip archives (torch.save since 1.6) and pickles (before) begin like this.
+    if not start.startswith((b"PK", b"\x80")):
+        raise CheckpointError(f"{path}: is neither a safetensors nor a PyTorch file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # The first line says it; PyTorch's others advise to load the file unsafely.
+        raise CheckpointError(
+            f"{path}: refused. It holds more than tensors and plain values, and loading such a "
+            f"pickle could run code, or it is damaged ({_reason(error)}). Save its state_dict() "
+            "instead"
+        ) from None
+    except Exception as error:  # a damaged archive fails in any way
+        raise CheckpointError(
+            f"{path}: cannot be read, it may be truncated ({type(error).__name__}: "
+            f"{_reason(error)})"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a dictionary of tensors, got a {type(content).__name__}"
+        )
+    return content, None
+
+
+def _reason(error: Exception) -> str:
+    """The line of PyTorch's message that says what was found, without its advice around it."""
+    lines = [line.split("WeightsUnpickler error:")[-1].strip() for line in str(error).split("\n")]
+    telling = [line for line in lines if re.search(r"unsupported|global", line, re.IGNORECASE)]
+    return (telling or lines)[0].split(". Please")[0][:200]
+
+
+def _read_safetensors(path: Path) -> tuple[Tensors, dict | None]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors, it may be truncated ({error})"
+        ) from None
+    if text is None:
+        return tensors, None
+    try:
+        metadata = json.loads(text)
+        version = metadata["format_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged metadata ({error!r})") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: has format version {version!r}, this blockdrop_fast reads {FORMAT_VERSION}"
+        )
+    return tensors, metadata
+
+
+def _state_dict(content: Mapping, entries: tuple[str, ...], where: str) -> Tensors:
+    """Unwrap a foreign file's content to one state dict, without wrapper prefixes."""
+    for entry in entries:
+        if isinstance(content.get(entry), Mapping):
+            return _state_dict(content[entry], entries, where)
+    strange = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if strange or not content:
+        raise CheckpointError(
+            f"{where}: expected a state dict, or one under {' or '.join(map(repr, entries))}; "
+            f"got {_some(f'{key!r}: {type(content[key]).__name__}' for key in strange)}"
+        )
+    return {_WRAPPER_PREFIX.sub("", str(key)): value for key, value in content.items()}
+
+
+def _own_part(tensors: Tensors, prefix: str) -> Tensors:
+    return {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
+
+
+# ------------------------------------------------------------------ public
+
+
+def _locate(path: str | os.PathLike) -> Path:
+    """The file of a path, or of the name of a model that comes with the package."""
+    path = Path(path)
+    shipped = PRETRAINED / f"{path}.safetensors"
+    return shipped if not path.exists() and str(path) in pretrained() else path
+
+
+def pretrained() -> tuple[str, ...]:
+    """Names of the models that come with the package; ``load`` and ``load_backbone`` take them."""
+    return tuple(sorted(path.stem for path in PRETRAINED.glob("*.safetensors")))
+
+
+def load_backbone(
+    path: str | os.PathLike,
+    *,
+    layers: tuple[int, ...] | None = None,
+    shortcut: ShortcutKind | None = None,
+    num_classes: int | None = None,
+    normalization: Normalization | None = None,
+) -> ResNet:
+    """Load a ResNet, its architecture read off the file's keys and shapes.
+
+    Reads our own files; torchvision's ImageNet ResNets; CIFAR ResNets with torchvision-like
+    keys (``layer1.0.conv1.weight``), also inside ``state_dict`` and under ``module.``; and the
+    ResNet in the BlockDrop authors' ``.t7`` files. Torch files are read with
+    ``weights_only=True``.
+
+    Args:
+        path: the file, whose content, not its name, tells the format; or one of the names of
+            ``pretrained()``.
+        layers: expected blocks of each segment.
+        shortcut: which of the two CIFAR shortcuts without parameters, which weights do not
+            tell. Default: "subsample" if the classifier is called ``linear``, else
+            "average_pool".
+        num_classes: expected classes.
+        normalization: what the network expects its images normalised with. Default: what our
+            own files say; ImageNet's for ImageNet networks and CIFAR files with ``linear``;
+            the authors' (own values for ResNet-32 on CIFAR-10, else none); else unknown (None).
+
+    Returns:
+        The network on the CPU, in train mode as PyTorch's modules are, in the file's dtype.
+
+    Raises:
+        OSError: the file cannot be opened.
+        CheckpointError: it is no checkpoint, unsafe, damaged, of another architecture, or
+            contradicts an argument.
+    """
+    path = _locate(path)
+    content, metadata = _read(path)
+    overrides = {"layers": layers, "shortcut": shortcut, "num_classes": num_classes}
+    if metadata is not None:
+        return _own_backbone(content, metadata, overrides, normalization, path)
+    return _foreign_backbone(content, overrides, normalization, path)
+
+
+def _foreign_backbone(
+    content: Mapping, overrides: Mapping, normalization: Normalization | None, path: Path
+) -> ResNet:
+    if not any(entry in content for entry in _BACKBONE_ENTRIES) and any(
+        isinstance(content.get(entry), Mapping) for entry in _POLICY_ENTRIES
+    ):
+        raise CheckpointError(f"{path}: holds a policy network but no backbone; use load_policy")
+    raw = _state_dict(content, _BACKBONE_ENTRIES, str(path))
+    tensors = _translate_network(raw)
+    has_linear = "linear.weight" in raw
+    inferred = _infer_config(tensors, has_linear, str(path))
+    network = _build_network(_override(inferred, overrides, str(path)), tensors, str(path))
+    network.normalization = normalization or _foreign_normalization(raw, inferred)
+    return network
+
+
+def _foreign_normalization(raw: Tensors, config: ResNetConfig) -> Normalization | None:
+    """What the publishers of such files normalised with."""
+    if config.stem == "imagenet":
+        return IMAGENET_NORMALIZATION
+    if any(key.startswith("blocks.") for key in raw):  # the authors'
+        if config.layers == (5, 5, 5) and config.num_classes == 10:
+            return R32_C10_NORMALIZATION
+        return NO_NORMALIZATION
+    if "linear.weight" in raw and config.shortcut == "subsample":
+        return IMAGENET_NORMALIZATION
+    return None
+
+
+def _own_backbone(
+    tensors: Tensors,
+    metadata: Mapping,
+    overrides: Mapping,
+    normalization: Normalization | None,
+    path: Path,
+) -> ResNet:
+    try:
+        stored = dict(metadata["backbone"])
+        saved = metadata["normalization"]
+        normalization = normalization or (saved and Normalization.from_dict(saved))
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged metadata ({error!r})") from None
+    part = _own_part(tensors, "backbone.")
+    inferred = _override(_infer_config(part, False, str(path)), stored, str(path))
+    network = _build_network(_override(inferred, overrides, str(path)), part, str(path))
+    network.normalization = normalization
+    return network
+
+
+def load_policy(path: str | os.PathLike) -> PolicyNetwork:
+    """Load the policy network of one of our files or of the authors' ``.t7`` files.
+
+    The authors' files of the curriculum stage hold nothing else; ``load`` takes those that
+    hold both networks.
+
+    Raises:
+        OSError, CheckpointError: as of ``load_backbone``.
+    """
+    path = _locate(path)
+    content, metadata = _read(path)
+    if metadata is not None:
+        return _own_policy(content, metadata, path)
+    return _foreign_policy(content, path)
+
+
+def _foreign_policy(content: Mapping, path: Path) -> PolicyNetwork:
+    if not any(isinstance(content.get(entry), Mapping) for entry in _POLICY_ENTRIES):
+        raise CheckpointError(
+            f"{path}: holds no policy network: no entry "
+            f"{' or '.join(map(repr, _POLICY_ENTRIES))}, the entries are {_some(content)}"
+        )
+    where = f"{path} (policy network)"
+    tensors = _translate_policy(_state_dict(content, _POLICY_ENTRIES, where))
+    config = _infer_config(tensors, False, where)
+    # Not in the file; the two policy networks that the authors have.
+    input_pool = 2 if config.stem == "imagenet" else 1
+    return PolicyNetwork(_build_network(config, tensors, where), input_pool)
+
+
+def _own_policy(tensors: Tensors, metadata: Mapping, path: Path) -> PolicyNetwork:
+    if metadata.get("policy") is None:
+        raise CheckpointError(f"{path}: holds no policy network; use load_backbone")
+    where = f"{path} (policy network)"
+    try:
+        stored = dict(metadata["policy"]["network"])
+        input_pool = int(metadata["policy"]["input_pool"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged metadata ({error!r})") from None
+    part = _own_part(tensors, "policy.network.")
+    config = _override(_infer_config(part, False, where), stored, where)
+    network = _build_network(config, part, where)
+    try:
+        return PolicyNetwork(network, input_pool)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def load(path: str | os.PathLike) -> BlockDrop:
+    """Load backbone and policy network from one of our files or the authors' ``.t7`` files.
+
+    Args:
+        path: a file, or one of the names of ``pretrained()``.
+
+    Raises:
+        OSError, CheckpointError: as of ``load_backbone``; also if one of the networks is
+            absent, or they are of different numbers of blocks.
+    """
+    path = _locate(path)
+    content, metadata = _read(path)
+    if metadata is not None:
+        policy = _own_policy(content, metadata, path)
+        backbone = _own_backbone(content, metadata, {}, None, path)
+    else:
+        policy = _foreign_policy(content, path)
+        if not isinstance(content.get("resnet"), Mapping):
+            raise CheckpointError(
+                f"{path}: holds a policy network but no backbone; use load_policy, and "
+                "load_backbone for the ResNet that it was trained with"
+            )
+        backbone = _foreign_backbone(content, {}, None, path)
+    try:
+        return BlockDrop(backbone, policy)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_any(path: str | os.PathLike) -> BlockDrop | ResNet:
+    """Load what a file holds: a BlockDrop model, or a backbone where there is no policy network.
+
+    Raises:
+        OSError, CheckpointError: as of ``load`` and ``load_backbone``.
+    """
+    content, metadata = _read(_locate(path))
+    if metadata is not None:
+        has_policy = metadata.get("policy") is not None
+    else:
+        has_policy = any(isinstance(content.get(entry), Mapping) for entry in _POLICY_ENTRIES)
+    return load(path) if has_policy else load_backbone(path)
+
+
+def save(model: BlockDrop | ResNet, path: str | os.PathLike) -> None:
+    """Write a BlockDrop model or a bare backbone as safetensors, atomically.
+
+    The architecture, the policy network's input pooling and the normalisation of the images go
+    into the file's metadata as JSON, so that ``load`` needs nothing else.
+
+    Raises:
+        TypeError: ``model`` is neither.
+        OSError: the file cannot be written; an earlier file at ``path`` is then untouched.
+    """
+    if isinstance(model, BlockDrop):
+        backbone, policy = model.backbone, model.policy
+        state = model.state_dict()
+    elif isinstance(model, ResNet):
+        backbone, policy = model, None
+        state = {f"backbone.{key}": value for key, value in model.state_dict().items()}
+    else:
+        raise TypeError(f"model: expected a BlockDrop or ResNet, got {type(model).__name__}")
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "backbone": backbone.config.to_dict(),
+        "policy": policy
+        and {"network": policy.network.config.to_dict(), "input_pool": policy.input_pool},
+        "normalization": backbone.normalization and backbone.normalization.to_dict(),
+    }
+    tensors = {
+        key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, value in state.items()
+    }
+    with atomic_write(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
+
+
+def init_policy_from_resnet18(policy: PolicyNetwork, path: str | os.PathLike) -> None:
+    """Start the ImageNet policy network from a ResNet-18 checkpoint, in place.
+
+    Its stem and blocks take the weights of the ResNet-18's stem and of the first block of each
+    segment, as in the authors' code; its head stays as it is.
+
+    Args:
+        policy: ``policy_resnet10(...)``, of any device and dtype.
+        path: anything that ``load_backbone`` reads: a network with basic blocks of the policy
+            network's widths.
+
+    Raises:
+        OSError, CheckpointError: as of ``load_backbone``; also if the architectures differ.
+    """
+    path = Path(path)
+    source = load_backbone(path)
+    target = policy.network
+    for name in ("block", "widths", "stem", "shortcut"):
+        found, wanted = getattr(source.config, name), getattr(target.config, name)
+        if found != wanted:
+            raise CheckpointError(
+                f"{path}: cannot initialise the policy network: it has {name}={wanted!r}, the "
+                f"file has {name}={found!r}"
+            )
+    available = source.state_dict()
+    taken = {key: available.get(key) for key in target.state_dict() if not key.startswith("fc.")}
+    missing = [key for key, value in taken.items() if value is None]
+    if missing:
+        raise CheckpointError(
+            f"{path}: cannot initialise the policy network: no {_some(missing)} in a network of "
+            f"layers={source.config.layers}"
+        )
+    target.load_state_dict(taken, strict=False)

@@ -1,0 +1,70 @@
+"""Policy networks: an image -> the probability of keeping each residual block."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blockdrop_fast.decisions import check_images
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
+
+KEEP_THRESHOLD = 0.5
+
+
+class PolicyNetwork(nn.Module):
+    """A small ResNet with one output a block, and a sigmoid (BlockDrop section 3.2, eq. 2).
+
+    Args:
+        network: ResNet whose classifier has K outputs.
+        input_pool: average pooling of the image by this factor first (1: none).
+    """
+
+    def __init__(self, network: ResNet, input_pool: int = 1):
+        super().__init__()
+        if input_pool < 1:
+            raise ValueError(f"input_pool: expected at least 1, got {input_pool}")
+        self.network = network
+        self.input_pool = input_pool
+
+    @property
+    def num_blocks(self) -> int:
+        """K, the number of blocks that this policy decides on."""
+        return self.network.config.num_classes
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images -> (B, K) logits of keeping each block."""
+        if self.input_pool > 1:
+            first = self.network.conv1
+            check_images(
+                images, channels=first.in_channels, size_multiple=1, dtype=first.weight.dtype
+            )
+            if min(images.shape[2:]) < self.input_pool:
+                raise ValueError(
+                    f"images: expected height and width of at least {self.input_pool}, "
+                    f"got {images.shape[2]}x{images.shape[3]}"
+                )
+            images = F.avg_pool2d(images, self.input_pool)
+        return self.network(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images -> (B, K) probabilities s of keeping each block."""
+        return self.logits(images).sigmoid()
+
+
+def decide(probabilities: Tensor) -> Tensor:
+    """Thresholded decisions: keep where s >= 0.5 (the authors' code; the paper writes > 0.5)."""
+    return probabilities >= KEEP_THRESHOLD
+
+
+def policy_resnet8(num_blocks: int) -> PolicyNetwork:
+    """The CIFAR policy network: ResNet-8 on the full image, average-pooling shortcuts."""
+    config = ResNetConfig("basic", (1, 1, 1), (16, 32, 64), "cifar", "average_pool", num_blocks)
+    return PolicyNetwork(ResNet(config))
+
+
+def policy_resnet10(num_blocks: int) -> PolicyNetwork:
+    """The ImageNet policy network: ResNet-10 on the image average-pooled by 2."""
+    config = ResNetConfig(
+        "basic", (1, 1, 1, 1), (64, 128, 256, 512), "imagenet", "projection", num_blocks
+    )
+    return PolicyNetwork(ResNet(config), input_pool=2)

@@ -1,0 +1,139 @@
+"""`blockdrop info`, the command line's frame, and what happens without a working extension."""
+
+import json
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+
+import blockdrop_fast
+from blockdrop_fast import _extension
+from blockdrop_fast.commands import cli
+from blockdrop_fast.commands.info import arch_runs_on, format_info, info
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_info_names_what_is_here():
+    found = info()
+    assert found["versions"]["blockdrop_fast"] == blockdrop_fast.__version__
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["numpy"] == numpy.__version__
+    assert found["parts"]["PyTorch references"]["active"]
+
+
+def test_every_inactive_part_has_a_reason():
+    for name, part in info()["parts"].items():
+        assert part["active"] == (not part["why_not"]), name
+
+
+def test_extension_built_for_this_torch():
+    status = _extension.extension_status()
+    if not status.loaded:
+        pytest.skip(f"no compiled kernels: {status.reason}")
+    assert torch.__version__.startswith(status.build_info["torch"])
+    assert "portable" in status.build_info["isa_variants"]
+    assert "-O3" in status.build_info["flags"]
+
+
+def test_cpu_torch_is_why_there_is_no_cuda():
+    if torch.version.cuda is not None or not _extension.extension_status().loaded:
+        pytest.skip("needs an extension that was built for a torch without CUDA")
+    part = info()["parts"]["CUDA kernels"]
+    assert not part["active"]
+    assert part["why_not"]
+    assert part["why_not"] in format_info()
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "expected"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (12, 0), True),
+        ("9.0+PTX", (8, 9), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f", (11, 0), False),
+    ],
+)
+def test_arch_runs_on(arch, capability, expected):
+    assert arch_runs_on(arch, capability) is expected
+
+
+def test_missing_extension_is_explained_and_survived():
+    # None in sys.modules makes Python treat the module as absent.
+    result = run_python(
+        "import sys; sys.modules['blockdrop_fast._C'] = None\n"
+        "import torch, blockdrop_fast.ops as ops\n"
+        "from blockdrop_fast._extension import extension_status\n"
+        "from blockdrop_fast.commands.info import info\n"
+        "counts = ops.plan(torch.ones(4, 2, dtype=torch.bool))[1]\n"
+        "part = info()['parts']['CPU kernels']\n"
+        "print(counts.tolist(), extension_status().state, part['active'], bool(part['why_not']))\n"
+    )
+    assert result.stdout.strip() == "[4, 4] not built False True", result.stderr
+    assert "RuntimeWarning" not in result.stderr
+
+
+def test_broken_extension_warns_and_names_both_torch_versions(monkeypatch, tmp_path):
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps({"torch": "2.9.0+cu130"}))
+    monkeypatch.setattr(_extension, "BUILD_RECORD", record)
+
+    def fail(name):
+        raise ImportError("undefined symbol: _ZN3c105ErrorC2E")
+
+    monkeypatch.setattr(_extension.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_extension.importlib, "import_module", fail)
+    with pytest.warns(RuntimeWarning, match="slow reference kernels"):
+        status = _extension.load_extension.__wrapped__()
+    assert status.state == "failed"
+    assert not status.loaded
+    for part in ("undefined symbol", "2.9.0+cu130", torch.__version__, "--no-build-isolation"):
+        assert part in status.reason
+
+
+def test_missing_extension_without_record_says_how_to_build(monkeypatch, tmp_path):
+    monkeypatch.setattr(_extension, "BUILD_RECORD", tmp_path / "absent.json")
+    monkeypatch.setattr(_extension.importlib.util, "find_spec", lambda name: None)
+    status = _extension.load_extension.__wrapped__()
+    assert status.state == "not built"
+    assert "pip install --no-build-isolation" in status.reason
+
+
+def test_command_line_info(capsys):
+    assert cli.main(["info"]) == 0
+    assert blockdrop_fast.__version__ in capsys.readouterr().out
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == info()
+
+
+def test_command_line_help_and_unknown_command(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.COMMANDS)
+    assert cli.main(["frobnicate"]) == 2
+    assert "frobnicate" in capsys.readouterr().err
+
+
+def test_command_line_reports_bad_input_in_one_line(monkeypatch, capsys):
+    def command() -> None:
+        raise ValueError("images: expected 4 dimensions, got 3")
+
+    monkeypatch.setattr("blockdrop_fast.commands.info.command", command)
+    monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)
+    assert cli.main(["info"]) == 1
+    assert (
+        capsys.readouterr().err == "blockdrop info: error: images: expected 4 dimensions, got 3\n"
+    )
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    with pytest.raises(ValueError, match="images"):
+        cli.main(["info"])

@@ -1,0 +1,224 @@
+"""Gather with CUDA graphs on a GPU: `make gpu-check`. Everywhere else these tests are skipped.
+
+The operator's own tests are in test_gpu.py. Each test calls the engine several times: first runs,
+captures and replays are different code.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+import blockdrop_fast as bdf
+from blockdrop_fast import triton_kernels
+from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Launch
+from blockdrop_fast.executors.recording import why_no_switches
+from blockdrop_fast.measure.timing import make_reference
+from blockdrop_fast.networks.policy import PolicyNetwork
+from blockdrop_fast.networks.resnet import ResNetConfig
+from tests.gpu.test_kernels import pytestmark  # noqa: F401  (the same conditions)
+from tests.test_engine import make_decisions, make_network
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BOTTLENECK = ResNetConfig("bottleneck", (2, 3, 2), (16, 32, 64), "imagenet", "projection", 10)
+BASIC = ResNetConfig("basic", (2, 2, 3), (16, 32, 64), "cifar", "average_pool", 10)
+LAUNCHES = get_args(Launch)
+CALLS = 5  # the universal way, the pattern's own, its capture, replays
+
+
+@pytest.fixture(autouse=True)
+def _poison_free_memory():
+    """What kernels forget to write, or read without need, is NaN."""
+    poison = torch.full((1 << 28,), torch.nan, device="cuda")
+    del poison
+
+
+def make_images(count: int, dtype=torch.bfloat16, size: int = 64, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, size, size, generator=generator).to("cuda", dtype)
+
+
+def make_model(config=BOTTLENECK, pool: int = 2):
+    images = make_images(64, torch.float32).cpu()
+    blocks = sum(config.layers)
+    network = ResNetConfig("basic", (1, 1, 1), (16, 32, 64), "cifar", "average_pool", blocks)
+    policy = PolicyNetwork(make_network(network, seed=1), pool).eval()
+    with torch.no_grad():  # policy logits around zero, so that it keeps and drops
+        policy.network.fc.bias -= policy.logits(images).median(0).values
+    return bdf.BlockDrop(make_network(config), policy).eval().cuda()
+
+
+def make_engine(config=BOTTLENECK, dtype=torch.bfloat16, **options):
+    engine = bdf.compile(make_model(config), dtype=dtype, strategy="gather", **options)
+    assert isinstance(engine._executor, GraphGatherExecutor), engine.strategy_reason
+    assert engine._executor.launch == options.get("launch", "counts"), engine.strategy_reason
+    return engine
+
+
+def test_triton_kernels_run():
+    assert triton_kernels.why_not() == ""
+
+
+def test_graphs_have_switch_nodes():
+    assert why_no_switches() == ""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", [BOTTLENECK, BASIC], ids=["bottleneck", "basic"])
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("kind", ["random", "all kept", "all dropped", "one image"])
+def test_within_tolerance(dtype, config, launch, kind):
+    engine = make_engine(config, dtype, launch=launch)
+    images = make_images(64, dtype)
+    decisions = make_decisions(kind, 64, engine.config.num_blocks).cuda()
+    reference = make_reference(engine.backbone, images, decisions, dtype)
+    for _ in range(CALLS):
+        reference.check("gather", engine.run(images, decisions))
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_decisions_change_from_call_to_call(launch):
+    """Graphs that were recorded for other decisions of the same pattern are right for these."""
+    engine = make_engine(launch=launch)
+    images = make_images(64)
+    for seed in range(2 * CALLS):
+        decisions = make_decisions("random", 64, engine.config.num_blocks, seed).cuda()
+        decisions[0], decisions[1] = True, False  # every block is kept by some
+        make_reference(engine.backbone, images, decisions, torch.bfloat16).check(
+            "gather", engine.run(images, decisions)
+        )
+
+
+@pytest.mark.parametrize("kind", ["all kept", "all dropped", "one image", "random"])
+def test_switches_choose_by_the_counts_of_each_call(kind):
+    """One graph, first captured for other decisions, in which every block may take any body."""
+    engine = make_engine(launch="conditional")
+    images, blocks = make_images(64), engine.config.num_blocks
+    for _ in range(CALLS):
+        engine.run(images, make_decisions("random", 64, blocks).cuda())
+    (batch,) = engine._executor._batches.values()
+    graph = batch._conditional._graph
+    assert graph is not None
+    decisions = make_decisions(kind, 64, blocks, 1).cuda()
+    make_reference(engine.backbone, images, decisions, torch.bfloat16).check(
+        "gather", engine.run(images, decisions)
+    )
+    assert batch._conditional._graph is graph
+
+
+def test_bodies_of_switches_own_their_memory():
+    """What bodies allocate while they are captured is nobody else's when they run."""
+    engine = make_engine(launch="conditional")
+    images = make_images(64)
+    kept = torch.ones(64, engine.config.num_blocks, dtype=torch.bool, device="cuda")
+    reference = make_reference(engine.backbone, images, kept, torch.bfloat16)
+    for _ in range(CALLS):
+        engine.run(images, kept)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    others = []
+    while torch.cuda.memory_reserved() < before + (1 << 30):
+        others.append(torch.full((1 << 17,), torch.nan, device="cuda"))
+        others.append(torch.full((1 << 23,), torch.nan, device="cuda"))
+    reference.check("gather", engine.run(images, kept))
+    assert all(other.isnan().all() for other in others)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("batch", [1, 7, 33, 64])
+def test_policy_decides(batch, launch):
+    engine = make_engine(launch=launch)
+    for seed in range(CALLS):
+        images = make_images(batch, seed=seed)
+        output = engine(images)
+        assert torch.equal(output.decisions, engine.probabilities(images) >= 0.5)
+        torch.testing.assert_close(
+            output.logits, engine.run(images, output.decisions), rtol=0.05, atol=0.05
+        )
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_batches_of_changing_size(launch):
+    engine = make_engine(BASIC, launch=launch)
+    images = make_images(64)
+    decisions = make_decisions("random", 64, engine.config.num_blocks).cuda()
+    reference = make_reference(engine.backbone, images, decisions, torch.bfloat16)
+    for sizes in ([33, 31], [34, 30], [17, 18, 29], [64], [33, 31]):
+        logits = torch.cat(
+            [
+                engine.run(*part)
+                for part in zip(images.split(sizes), decisions.split(sizes), strict=True)
+            ]
+        )
+        reference.check("gather", logits)
+
+
+@pytest.mark.parametrize("launch", ["universal", "conditional"])
+def test_never_waits_without_counts(launch):
+    engine = make_engine(launch=launch)
+    images = make_images(64)
+    for _ in range(3):
+        engine(images)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decisions = engine(images).decisions
+        engine.run(images, decisions)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("warm", [True, False])
+def test_captured_in_a_graph_of_the_caller(warm, launch):
+    engine = make_engine(launch=launch)
+    images = make_images(64)
+    for _ in range(CALLS if warm else 1):
+        engine(images)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = engine(images)
+    for _ in range(2):
+        images.copy_(torch.randn(images.shape))
+        graph.replay()
+        make_reference(engine.backbone, images, captured.decisions, torch.bfloat16).check(
+            "gather", captured.logits
+        )
+        assert torch.equal(captured.decisions, engine(images).decisions)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_runs_on_the_current_stream(launch):
+    engine = make_engine(launch=launch)
+    images = make_images(64)
+    for _ in range(CALLS):
+        expected = engine(images).logits.clone()
+    late = torch.zeros_like(images)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would see zeros
+        late.copy_(images)
+        logits = engine(late).logits
+    # Buffers are shared with the call above, which is still under way.
+    again = engine(images).logits
+    side.synchronize()
+    assert torch.equal(logits, expected)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_refresh_takes_over_weights(launch):
+    engine = make_engine(launch=launch)
+    images = make_images(8)
+    for _ in range(CALLS):
+        before = engine(images).logits
+    with torch.no_grad():
+        engine.model.backbone.fc.bias += 1
+    engine.refresh()
+    for _ in range(CALLS):
+        after = engine(images).logits
+        torch.testing.assert_close(after, before + 1, rtol=0.05, atol=0.05)

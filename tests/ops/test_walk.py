@@ -1,0 +1,361 @@
+"""The walk against its reference, against float64 networks and against itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from blockdrop_fast._extension import extension_status
+from blockdrop_fast.executors.walk import WalkExecutor
+from blockdrop_fast.networks.folding import fold_network
+from blockdrop_fast.networks.policy import PolicyNetwork, policy_resnet8
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet50, resnet_cifar
+from blockdrop_fast.ops.walk import walk, walk_isa, walk_policy, walk_reference
+
+ISAS = ("avx512", "avx2", "portable")
+compiled = pytest.mark.skipif(
+    not extension_status().loaded, reason=f"no compiled kernels: {extension_status().reason}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """Each instruction set that runs here; elsewhere the test is skipped with the reason."""
+    if not extension_status().loaded:
+        pytest.skip(f"no compiled kernels: {extension_status().reason}")
+    monkeypatch.setenv("BLOCKDROP_CPU_ISA", request.param)
+    try:
+        assert walk_isa() == request.param
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return request.param
+
+
+def make_network(layers, shortcut="average_pool", num_classes=10, seed=0) -> ResNet:
+    """A network in eval mode whose batch norm does something, with logits of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    config = ResNetConfig("basic", tuple(layers), (16, 32, 64), "cifar", shortcut, num_classes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = ResNet(config).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.4, 0.9),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+            ):
+                tensor.data.uniform_(low, high, generator=generator)
+    return network
+
+
+def make_policy(num_blocks, seed=1) -> PolicyNetwork:
+    return PolicyNetwork(make_network((1, 1, 1), "average_pool", num_blocks, seed))
+
+
+def make_executor(network, policy=None) -> WalkExecutor:
+    fold = (fold_network(one, torch.float32) for one in (network, policy and policy.network) if one)
+    return WalkExecutor(*fold)
+
+
+def random_decisions(generator, *shape) -> torch.Tensor:
+    """Decisions with every block usage from none to all."""
+    usage = torch.rand(*shape[:-1], 1, generator=generator) * 1.4 - 0.2
+    return torch.rand(*shape, generator=generator) < usage
+
+
+def assert_within_tolerance(logits, network, images, decisions):
+    """max|y - y64| <= 2 max|y_pt - y64| + 4 eps max|y64|, y_pt eager with unfolded batch norm."""
+    exact = copy.deepcopy(network).double()
+    with torch.no_grad():
+        y64 = exact(images.double(), decisions)
+        y_pt = network(images.contiguous(), decisions)
+    error = (logits - y64).abs().max()
+    limit = 2 * (y_pt - y64).abs().max() + 4 * torch.finfo(torch.float32).eps * y64.abs().max()
+    assert error <= limit, f"error {error:.3g}, limit {limit:.3g}"
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    layers=st.tuples(*[st.integers(1, 3)] * 3),
+    shortcut=st.sampled_from(["average_pool", "subsample"]),
+    num_classes=st.sampled_from([1, 2, 10, 16, 17, 100]),
+    height=st.sampled_from([4, 8, 12, 20, 32]),
+    width=st.sampled_from([4, 8, 12, 20, 32, 36]),
+    channels_last=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_same_logits_as_float64(
+    layers, shortcut, num_classes, height, width, channels_last, threads, seed
+):
+    torch.set_num_threads(threads)
+    network = make_network(layers, shortcut, num_classes, seed)
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(64, 3, height, width, generator=generator)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    decisions = random_decisions(generator, 64, network.num_blocks)
+    logits = make_executor(network).run(images, decisions)
+    assert_within_tolerance(logits, network, images, decisions)
+
+
+@pytest.mark.parametrize("shortcut", ["average_pool", "subsample"])
+@pytest.mark.parametrize("keep", ["random", "all", "none"])
+def test_every_instruction_set(isa, shortcut, keep):
+    network = make_network((2, 2, 2), shortcut)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 3, 32, 32, generator=generator)
+    decisions = random_decisions(generator, 64, 6)
+    if keep != "random":
+        decisions.fill_(keep == "all")
+    logits = make_executor(network).run(images, decisions)
+    assert_within_tolerance(logits, network, images, decisions)
+
+
+def test_deep_network(isa):
+    network = make_network((18, 18, 18))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 3, 16, 16, generator=generator)
+    decisions = random_decisions(generator, 64, 54)
+    logits = make_executor(network).run(images, decisions)
+    assert_within_tolerance(logits, network, images, decisions)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 36), (12, 20), (32, 32)])
+def test_same_logits_whatever_threads_and_batch(isa, height, width):
+    """Bit for bit: alone, in a batch, split over threads, in another order."""
+    generator = torch.Generator().manual_seed(2)
+    executor = make_executor(make_network((2, 1, 3)))
+    images = torch.randn(9, 3, height, width, generator=generator)
+    decisions = random_decisions(generator, 9, 6)
+    torch.set_num_threads(1)
+    expected = executor.run(images, decisions)
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        assert torch.equal(executor.run(images, decisions), expected)
+        assert torch.equal(executor.run(images.flip(0), decisions.flip(0)), expected.flip(0))
+        for image in (0, 4, 8):
+            one = slice(image, image + 1)
+            assert torch.equal(executor.run(images[one], decisions[one]), expected[one])
+        assert torch.equal(executor.run(images[:2], decisions[:2]), expected[:2])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_sets=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    threads=st.integers(1, 3),
+    data=st.data(),
+)
+def test_sets_equal_one_by_one(num_sets, batch, threads, data):
+    """Sets that fork anywhere, coincide, or come in any order give what each gives alone."""
+    torch.set_num_threads(threads)
+    layers = (2, 1, 2)
+    bits = st.lists(st.booleans(), min_size=5, max_size=5)
+    decisions = torch.tensor(
+        [[data.draw(bits) for _ in range(batch)] for _ in range(num_sets)], dtype=torch.bool
+    )
+    images = torch.randn(batch, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    executor = make_executor(make_network(layers))
+    logits = executor.run(images, decisions)
+    assert logits.shape == (num_sets, batch, 10)
+    for result, one in zip(logits, decisions, strict=True):
+        assert torch.equal(result, executor.run(images, one))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_policy_decides(isa, threads, batch):
+    torch.set_num_threads(threads)
+    network = make_network((2, 2, 2), "subsample", num_classes=7)
+    policy = make_policy(6)
+    # Policy logits around zero, so that it keeps and drops.
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        policy.network.fc.bias -= policy.logits(images).median(0).values
+    executor = make_executor(network, policy)
+    logits, decisions, policy_logits = executor.run_policy(images[:batch])
+    assert torch.equal(decisions, policy_logits.sigmoid() >= 0.5)
+    assert torch.equal(logits, executor.run(images[:batch], decisions))
+    if batch == 64:
+        assert 0.2 < decisions.float().mean() < 0.8
+        keep_all = torch.ones(batch, 3, dtype=torch.bool)
+        assert_within_tolerance(policy_logits, policy.network, images, keep_all)
+        assert_within_tolerance(logits, network, images, decisions)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_element_is_written(isa, threads):
+    """Outputs and scratch memory filled with NaN beforehand leave no trace."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(3)
+    network = make_network((2, 1, 2), num_classes=19)
+    executor = make_executor(network, make_policy(5))
+    images = torch.randn(5, 3, 12, 20, generator=generator)
+    decisions = random_decisions(generator, 2, 5, 5)
+    expected = (executor.run(images, decisions), *executor.run_policy(images))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(64).isnan().all()
+        poisoned = (executor.run(images, decisions), *executor.run_policy(images))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for result, one in zip(poisoned, expected, strict=True):
+        assert torch.equal(result, one)
+
+
+@pytest.mark.parametrize("sets", [(), (3,)])
+def test_empty_batch(sets):
+    executor = make_executor(make_network((1, 1, 1)), make_policy(3))
+    logits = executor.run(torch.empty(0, 3, 8, 8), torch.empty(*sets, 0, 3, dtype=torch.bool))
+    assert logits.shape == (*sets, 0, 10)
+    logits, decisions, policy_logits = executor.run_policy(torch.empty(0, 3, 8, 8))
+    assert logits.shape == (0, 10)
+    assert decisions.shape == policy_logits.shape == (0, 3)
+    assert decisions.dtype == torch.bool
+
+
+def test_no_sets():
+    executor = make_executor(make_network((1, 1, 1)))
+    logits = executor.run(torch.zeros(2, 3, 8, 8), torch.empty(0, 2, 3, dtype=torch.bool))
+    assert logits.shape == (0, 2, 10)
+
+
+def test_images_of_any_strides():
+    executor = make_executor(make_network((1, 1, 1)))
+    images = torch.randn(5, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    decisions = torch.ones(5, 3, dtype=torch.bool)
+    expected = executor.run(images, decisions)
+    wide = torch.zeros(5, 3, 16, 12)
+    wide[:, :, ::2] = images
+    assert torch.equal(executor.run(wide[:, :, ::2], decisions), expected)
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(executor.run(channels_last, decisions), expected)
+    assert torch.equal(
+        executor.run(images[:1].expand(5, -1, -1, -1), decisions), expected[:1].expand(5, -1)
+    )
+
+
+def test_nan_stays_with_its_image():
+    executor = make_executor(make_network((1, 1, 1)))
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[1, 2, 4, 4] = torch.nan
+    logits = executor.run(images, torch.ones(3, 3, dtype=torch.bool))
+    assert logits[1].isnan().all()
+    assert logits[[0, 2]].isfinite().all()
+
+
+def arguments(**changes):
+    """Arguments of ``walk`` for two images through ResNet-8, some replaced."""
+    executor = make_executor(make_network((1, 1, 1)))
+    weights, layers, num_classes, subsample = executor._network
+    values = {
+        "images": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "decisions": torch.tensor([[True, False, True], [False, True, True]]),
+        "weights": weights,
+        "layers": list(layers),
+        "num_classes": num_classes,
+        "subsample": subsample,
+    }
+    return values | changes
+
+
+def test_opcheck():
+    values = arguments()
+    torch.library.opcheck(torch.ops.blockdrop_fast.walk.default, tuple(values.values()))
+    sets = arguments(decisions=torch.stack([values["decisions"], ~values["decisions"]]))
+    torch.library.opcheck(torch.ops.blockdrop_fast.walk.default, tuple(sets.values()))
+    del values["decisions"]
+    policy = make_executor(make_policy(3).network)._network
+    torch.library.opcheck(
+        torch.ops.blockdrop_fast.walk_policy.default, (*values.values(), *policy[:2])
+    )
+
+
+def test_reference_agrees_with_the_network():
+    """The reference reads packed weights; in float64 it is the network, up to rounding."""
+    network = make_network((2, 1, 2), "subsample", num_classes=5).double()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, 8, 12, generator=generator).double()
+    decisions = random_decisions(generator, 2, 4, 5)
+    folded = fold_network(network, torch.float64)
+    from blockdrop_fast.executors.walk import _pack
+
+    logits = walk_reference(images, decisions, _pack(folded), (2, 1, 2), 5, True)
+    with torch.no_grad():
+        expected = torch.stack([network(images, one) for one in decisions])
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("function", [
+    pytest.param(walk, marks=compiled, id="walk"), pytest.param(walk_reference, id="reference"),
+])  # fmt: skip
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.float64)}, TypeError, "images: expected dtype"),
+    ({"images": torch.zeros(2, 1, 8, 8)}, ValueError, r"images: expected shape \(B, 3, H, W\)"),
+    ({"images": torch.zeros(2, 3, 8, 6)}, ValueError, "multiples of 4, got 8x6"),
+    ({"images": torch.zeros(2, 3, 0, 8)}, ValueError, "multiples of 4, got 0x8"),
+    ({"decisions": torch.ones(2, 3)}, TypeError, "decisions: expected dtype torch.bool"),
+    ({"decisions": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "decisions: expected shape"),
+    ({"decisions": torch.ones(3, 3, dtype=torch.bool)}, ValueError, "decisions: expected shape"),
+    ({"weights": torch.zeros(7)}, ValueError, "weights: expected"),
+    ({"layers": [1, 1]}, ValueError, "layers: expected"),
+    ({"layers": [1, 0, 2]}, ValueError, "layers: expected"),
+    ({"num_classes": 17}, ValueError, "weights: expected"),
+])  # fmt: skip
+def test_bad_arguments(function, changes, error, message):
+    with pytest.raises(error, match=message):
+        function(**arguments(**changes))
+
+
+@compiled
+def test_bad_policy_arguments():
+    values = arguments()
+    del values["decisions"]
+    with pytest.raises(ValueError, match="weights: expected"):
+        walk_policy(**values, policy_weights=torch.zeros(7), policy_layers=[1, 1, 1])
+
+
+@compiled
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("BLOCKDROP_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match=r"BLOCKDROP_CPU_ISA: expected .* got 'mmx'"):
+        walk(**arguments())
+
+
+def test_unsupported_networks():
+    def folded(network, dtype=torch.float32):
+        return fold_network(network, dtype)
+
+    small = resnet_cifar(8)
+    with pytest.raises(ValueError, match="network: the walk supports block 'basic' only"):
+        WalkExecutor(folded(resnet50()))
+    wide = ResNetConfig("basic", (1, 1, 1), (32, 64, 128), "cifar", "average_pool", 10)
+    with pytest.raises(ValueError, match=r"widths \(16, 32, 64\) only, got \(32, 64, 128\)"):
+        WalkExecutor(folded(ResNet(wide)))
+    projection = ResNetConfig("basic", (1, 1, 1), (16, 32, 64), "cifar", "projection", 10)
+    with pytest.raises(ValueError, match="got 'projection'"):
+        WalkExecutor(folded(ResNet(projection)))
+    with pytest.raises(TypeError, match=r"torch.float32 only, got torch.float64"):
+        WalkExecutor(folded(small, torch.float64))
+    with pytest.raises(ValueError, match="policy: decides on 4 blocks, but the network has 3"):
+        WalkExecutor(folded(small), folded(policy_resnet8(4).network))
+    subsampling = resnet_cifar(8, 3, "subsample")
+    with pytest.raises(ValueError, match="policy: expected shortcut 'average_pool'"):
+        WalkExecutor(folded(small), folded(subsampling))
+    with pytest.raises(RuntimeError, match="without a policy network"):
+        WalkExecutor(folded(small)).run_policy(torch.zeros(1, 3, 8, 8))

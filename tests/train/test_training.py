@@ -1,0 +1,337 @@
+"""The training stages end to end on a few digits: they learn, resume, and refuse to hide errors."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import blockdrop_fast as bdf
+from train import curriculum as curriculum_module
+from train import demo as demo_module
+from train import finetune as finetune_module
+from train.config import PRESETS, STAGES, Curriculum, Demo, Finetune, Heuristics, Pretrain
+from train.curriculum import curriculum
+from train.curves import Arguments, draw
+from train.demo import demo
+from train.finetune import distillation_loss, finetune
+from train.heuristics import heuristics
+from train.loop import NonFiniteLossError, engine_dtype
+from train.pretrain import pretrain, stochastic_depth
+
+ROOT = Path(__file__).parents[2]
+FEW = {"limit": 320, "batch_size": 32, "threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def _digits(monkeypatch):
+    monkeypatch.delenv("BLOCKDROP_DATA", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrain")
+    pretrain(Pretrain(arch="resnet8", epochs=6, out=out, lr=0.1, **FEW))
+    return out
+
+
+@pytest.fixture(scope="module")
+def with_policy(pretrained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("curriculum")
+    curriculum(
+        Curriculum(backbone=pretrained / "model.safetensors", epochs=4, out=out, lr=1e-3, **FEW)
+    )
+    return out
+
+
+def metrics(out: Path) -> list[dict]:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_pretrain_learns_and_saves_a_backbone(pretrained):
+    history = metrics(pretrained)
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert history[-1]["train_accuracy"] > 0.6 > history[0]["train_accuracy"]
+    assert bdf.load_backbone(pretrained / "model.safetensors").num_blocks == 3
+    assert any(path.name.startswith("events.out") for path in pretrained.iterdir())
+
+
+def test_curriculum_frees_blocks_and_logs_the_authors_names(with_policy, pretrained):
+    history = metrics(with_policy)
+    assert [row["forced_blocks"] for row in history] == [2, 1, 0, 0]
+    for split in ("train", "test"):
+        for name in ("accuracy", "reward", "sparsity", "variance", "unique_policies"):
+            assert f"{split}_{name}" in history[-1]
+    assert history[0]["test_sparsity"] >= 2  # two of three blocks were forced on
+    model = bdf.load(with_policy / "model.safetensors")
+    frozen = bdf.load_backbone(pretrained / "model.safetensors").state_dict()
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, frozen[name]), name
+
+
+def test_curriculum_goes_on_with_a_policy(with_policy, pretrained, tmp_path):
+    config = Curriculum(
+        backbone=pretrained / "model.safetensors",
+        policy=with_policy / "model.safetensors",
+        epochs=1,
+        blocks_per_epoch=3,
+        lr=0.0,
+        out=tmp_path,
+        **FEW,
+    )
+    curriculum(config)
+    assert metrics(tmp_path)[0]["forced_blocks"] == 0
+    before, after = (bdf.load(out / "model.safetensors").policy for out in (with_policy, tmp_path))
+    assert torch.equal(before.network.fc.weight, after.network.fc.weight)
+    both = replace(config, policy_init=config.policy, out=tmp_path / "both")
+    with pytest.raises(ValueError, match="expected one of them"):
+        curriculum(both)
+
+
+@pytest.mark.parametrize(("bn", "samples"), [("all", 1), ("active", 2), ("frozen", 1)])
+def test_finetune_trains_both_networks(with_policy, tmp_path, bn, samples):
+    before = bdf.load(with_policy / "model.safetensors").state_dict()
+    finetune(
+        Finetune(
+            model=with_policy / "model.safetensors",
+            epochs=1,
+            out=tmp_path,
+            bn=bn,
+            samples=samples,
+            **FEW,
+        )
+    )
+    after = bdf.load(tmp_path / "model.safetensors").state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert "backbone.conv1.weight" in changed
+    assert "policy.network.conv1.weight" in changed
+    statistics = {name for name in changed if "backbone" in name and "running" in name}
+    assert bool(statistics) == (bn != "frozen")
+
+
+def test_finetune_with_a_teacher(with_policy, pretrained, tmp_path):
+    config = Finetune(
+        model=with_policy / "model.safetensors", epochs=1, bn="active", out=tmp_path / "one", **FEW
+    )
+    finetune(config)
+    taught = replace(
+        config, teacher=pretrained / "model.safetensors", distill=5.0, out=tmp_path / "two"
+    )
+    finetune(taught)
+    losses = [metrics(tmp_path / run)[0]["train_cross_entropy"] for run in ("one", "two")]
+    assert losses[1] > losses[0]  # the second term is counted
+    other = bdf.resnet_cifar(8, num_classes=3)
+    bdf.save(other, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="teacher"):
+        finetune(replace(taught, teacher=tmp_path / "other.safetensors", out=tmp_path / "three"))
+
+
+def test_engines_take_the_precision_of_training_on_a_gpu_only(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for precision, supported, on_gpu in (
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+        ("bfloat16", True, torch.bfloat16),
+        ("float32", True, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+        config = Pretrain(precision=precision)
+        assert engine_dtype(config, gpu) == on_gpu
+        assert engine_dtype(config, cpu) == torch.float32
+
+
+@pytest.mark.parametrize("bn", ["all", "active"])
+def test_stages_with_engines_in_bfloat16(pretrained, tmp_path, monkeypatch, bn):
+    """What a GPU does, on a CPU: every image reaches an engine in the engine's dtype."""
+    for stage in (curriculum_module, finetune_module):
+        monkeypatch.setattr(stage, "engine_dtype", lambda config, device: torch.bfloat16)
+    small = {"limit": 64, "batch_size": 32, "threads": 1, "epochs": 1, "precision": "bfloat16"}
+    backbone = pretrained / "model.safetensors"
+    first = Curriculum(backbone=backbone, out=tmp_path / "curriculum", **small)
+    curriculum(first)
+    model = first.out / "model.safetensors"
+    finetune(Finetune(model=model, teacher=backbone, bn=bn, out=tmp_path / "finetune", **small))
+    (row,) = metrics(tmp_path / "finetune")
+    assert 0 <= row["test_accuracy"] <= 1
+    assert math.isfinite(row["train_cross_entropy"])
+
+
+def test_distillation_loss_by_hand():
+    logits = torch.tensor([[0.0, 0.0]])
+    target = torch.tensor([[2.0, 0.0]])
+    p = torch.softmax(target / 2, 1)
+    expected = 4 * (p * (p.log() - math.log(0.5))).sum()
+    assert distillation_loss(logits, target, 2.0).item() == pytest.approx(expected.item())
+    assert distillation_loss(target, target, 2.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_finetune_of_the_authors_takes_one_sample(with_policy, tmp_path):
+    config = Finetune(
+        model=with_policy / "model.safetensors", samples=2, bn="all", out=tmp_path, **FEW
+    )
+    with pytest.raises(ValueError, match="samples"):
+        finetune(config)
+
+
+def test_heuristics_are_compared_at_the_policy_s_usage(with_policy, tmp_path):
+    heuristics(Heuristics(model=with_policy / "model.safetensors", out=tmp_path, keep=2))
+    rows = json.loads((tmp_path / "heuristics.json").read_text())
+    assert rows["FirstK"]["block_usage"] == rows["DistributeK"]["block_usage"] == 2
+    assert rows["FirstK"]["keep_rates"] == [1, 1, 0]
+    assert rows["all blocks"]["block_usage"] == 3
+
+
+def test_stochastic_depth_rates():
+    keep = stochastic_depth(8000, 4, 0.5, 0.25, torch.Generator().manual_seed(0))
+    assert keep[:2000].all()
+    rates = keep[2000:].float().mean(0)
+    expected = torch.tensor([1 - 0.125, 1 - 0.25, 1 - 0.375, 1 - 0.5])
+    assert (rates - expected).abs().max() < 0.03
+
+
+STAGE_SCRIPT = """
+import sys
+from pathlib import Path
+from train.config import Curriculum, Pretrain
+from train.curriculum import curriculum
+from train.pretrain import pretrain
+stage, out, resume, backbone = sys.argv[1:]
+common = dict(epochs=5, out=Path(out), resume=resume == "resume", limit=192, batch_size=48,
+              threads=1, seed=3)
+if stage == "pretrain":
+    pretrain(Pretrain(arch="resnet8", drop_rate=0.3, **common))
+else:
+    curriculum(Curriculum(backbone=Path(backbone), samples=2, lr=1e-3, **common))
+"""
+
+
+def start(stage: str, out: Path, resume: str, backbone: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", STAGE_SCRIPT, stage, str(out), resume, str(backbone)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "curriculum"])
+def test_resume_after_kill_9_continues_to_the_same_result(stage, pretrained, tmp_path):
+    backbone = pretrained / "model.safetensors"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(stage, whole, "new", backbone).wait(timeout=300) == 0
+    process = start(stage, killed, "new", backbone)
+    deadline = time.monotonic() + 300
+    while not (killed / "state.pt").exists() and process.poll() is None:
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = torch.load(killed / "state.pt", weights_only=True)["epoch"]
+    assert 1 <= saved < 5, "the run was over before it was killed"
+    assert start(stage, killed, "resume", backbone).wait(timeout=300) == 0
+    expected, resumed = (torch.load(out / "state.pt", weights_only=True) for out in (whole, killed))
+    for name, value in expected["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+    without_speed = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics(out)]
+        for out in (whole, killed)
+    ]
+    assert without_speed[0] == without_speed[1]
+
+
+def test_an_existing_run_is_not_overwritten(pretrained):
+    with pytest.raises(FileExistsError, match="--resume"):
+        pretrain(Pretrain(arch="resnet8", epochs=1, out=pretrained, **FEW))
+
+
+def test_resume_with_other_options_names_them(pretrained):
+    config = Pretrain(arch="resnet8", epochs=6, out=pretrained, lr=0.01, resume=True, **FEW)
+    with pytest.raises(ValueError, match=r"lr 0\.1 -> 0\.01"):
+        pretrain(config)
+
+
+def test_nan_loss_stops_with_the_step_and_keeps_the_checkpoint(pretrained, tmp_path):
+    backbone = bdf.load_backbone(pretrained / "model.safetensors")
+    with torch.no_grad():
+        backbone.fc.weight[0, 0] = float("nan")
+    bdf.save(backbone, tmp_path / "broken.safetensors")
+    config = Pretrain(init=tmp_path / "broken.safetensors", epochs=1, out=tmp_path / "run", **FEW)
+    with pytest.raises(NonFiniteLossError, match="step 1"):
+        pretrain(config)
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "config", "message"),
+    [
+        (curriculum, Curriculum(), "backbone"),
+        (finetune, Finetune(), "model"),
+        (heuristics, Heuristics(), "model"),
+        (pretrain, Pretrain(arch="vgg"), "arch"),
+        (pretrain, Pretrain(arch="resnet33"), "depth"),
+    ],
+)
+def test_missing_or_wrong_options_are_named(stage, config, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        stage(replace(config, out=tmp_path / "run"))
+
+
+def test_demo_trains_measures_and_draws(tmp_path, capsys):
+    config = Demo(
+        out=tmp_path,
+        limit=128,
+        threads=1,
+        batches=(8,),
+        pretrain_epochs=1,
+        curriculum_epochs=1,
+        finetune_epochs=1,
+    )
+    demo(config)
+    printed = capsys.readouterr().out
+    for name in demo_module.CONTENDERS:
+        assert f"\n{name} " in printed
+    lines = json.loads((tmp_path / "demo.json").read_text())["lines"]
+    assert [line["blocks"] for line in lines[:2]] == [15, 15]
+    assert all(line["milliseconds"]["8"] > 0 for line in lines)
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    demo(config)  # complete stages are not run again
+    assert "pretrain: complete in" in capsys.readouterr().out
+
+
+def test_curves_of_several_runs(pretrained, with_policy, tmp_path):
+    draw(Arguments(runs=(pretrained, with_policy), out=tmp_path / "curves.png"))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_presets_cover_every_stage_and_paper_is_the_paper():
+    for preset in PRESETS.values():
+        assert preset.keys() == STAGES.keys()
+    paper = PRESETS["paper"]
+    assert (paper["curriculum"].batch_size, paper["curriculum"].lr) == (2048, 1e-4)
+    assert (paper["finetune"].batch_size, paper["finetune"].bn) == (256, "all")
+    assert paper["curriculum"].alpha == paper["finetune"].alpha == 0.8
+
+
+def test_command_line_lists_stages_and_rejects_unknown_ones():
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "train", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+
+    assert "curriculum" in run().stdout
+    assert run("fly").returncode == 2
+    assert "--preset" in run("pretrain", "--preset", "huge").stderr
+    failed = run("curriculum", "--out", os.devnull)
+    assert failed.returncode == 1
+    assert "backbone" in failed.stderr
