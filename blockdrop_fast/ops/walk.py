@@ -91,7 +91,7 @@ def walk_policy(
 
     Returns:
         logits: (B, num_classes).
-        decisions: (B, K) bool, True where sigmoid(policy logit) >= 0.5.
+        decisions: (B, K) bool, True where the policy logit is >= 0.
         policy_logits: (B, K).
 
     Raises:
@@ -177,7 +177,7 @@ def walk_policy_reference(
     policy_logits = walk_reference(
         images, keep_all, policy_weights, policy_layers, sum(layers), False
     )
-    decisions = policy_logits.sigmoid() >= 0.5
+    decisions = policy_logits >= 0
     logits = walk_reference(images, decisions, weights, layers, num_classes, subsample)
     return logits, decisions, policy_logits
 

@@ -93,7 +93,7 @@ def walk_half_policy(
 
     Returns:
         logits: (B, num_classes) float32.
-        decisions: (B, K) bool, True where sigmoid(policy logit) >= 0.5.
+        decisions: (B, K) bool, True where the policy logit is >= 0.
         policy_logits: (B, K) float32.
 
     Raises:

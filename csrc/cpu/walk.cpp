@@ -12,7 +12,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ge.h>
-#include <ATen/ops/sigmoid.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -612,8 +611,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_policy(const at::Tensor& ima
   at::Tensor all_blocks = at::empty({1, batch.batch, policy.num_blocks}, at::kBool);
   all_blocks.fill_(true);
   const at::Tensor policy_logits = run_network(policy, batch, all_blocks).squeeze(0);
-  // sigmoid(logit) >= 0.5
-  const at::Tensor decisions = at::ge(at::sigmoid(policy_logits), 0.5);
+  const at::Tensor decisions = at::ge(policy_logits, 0);
   return {run_network(network, batch, decisions.unsqueeze(0)).squeeze(0), decisions, policy_logits};
 }
 

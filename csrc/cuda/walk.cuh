@@ -567,7 +567,7 @@ BLOCKDROP_DEVICE void walk(const Paths& paths) {
         set_kept(kKeep, paths.num_blocks, [&](int block) {
           const float logit = classify<kTogether>(network, kSums, block);
           logits[block] = logit;
-          return decisions[block] = logit >= 0;  // sigmoid(logit) >= 0.5
+          return decisions[block] = logit >= 0;
         });
       } else {
         float* logits = paths.logits + path() * network.num_classes;

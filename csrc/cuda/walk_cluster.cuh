@@ -382,7 +382,7 @@ BLOCKDROP_DEVICE void walk(const Paths& paths) {
         const float logit = classify<kTogether>(network, kHiddenAt, block);
         if (cluster_rank() == 0) {
           logits[block] = logit;
-          decisions[block] = logit >= 0;  // sigmoid(logit) >= 0.5
+          decisions[block] = logit >= 0;
         }
         return logit >= 0;
       });

@@ -15,9 +15,17 @@ from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.networks.policy import PolicyNetwork, policy_resnet8
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet50, resnet_cifar
-from blockdrop_fast.ops.walk import walk, walk_isa, walk_policy, walk_reference
+from blockdrop_fast.ops.walk import (
+    walk,
+    walk_isa,
+    walk_policy,
+    walk_policy_reference,
+    walk_reference,
+)
 
 ISAS = ("avx512", "avx2", "portable")
+# Policy logits; the sigmoid of the third is 0.5 in float32.
+NEAR_ZERO = (-1.0, -1e-6, -5e-8, 0.0, 5e-8, 1.0)
 compiled = pytest.mark.skipif(
     not extension_status().loaded, reason=f"no compiled kernels: {extension_status().reason}"
 )
@@ -64,6 +72,15 @@ def make_network(layers, shortcut="average_pool", num_classes=10, seed=0) -> Res
 
 def make_policy(num_blocks, seed=1) -> PolicyNetwork:
     return PolicyNetwork(make_network((1, 1, 1), "average_pool", num_blocks, seed))
+
+
+def make_policy_of_logits(logits) -> PolicyNetwork:
+    """A policy network that gives these logits to every image."""
+    policy = make_policy(len(logits))
+    with torch.no_grad():
+        policy.network.fc.weight.zero_()
+        policy.network.fc.bias.copy_(torch.tensor(logits))
+    return policy
 
 
 def make_executor(network, policy=None) -> WalkExecutor:
@@ -189,13 +206,26 @@ def test_policy_decides(isa, threads, batch):
         policy.network.fc.bias -= policy.logits(images).median(0).values
     executor = make_executor(network, policy)
     logits, decisions, policy_logits = executor.run_policy(images[:batch])
-    assert torch.equal(decisions, policy_logits.sigmoid() >= 0.5)
+    assert torch.equal(decisions, policy_logits >= 0)
     assert torch.equal(logits, executor.run(images[:batch], decisions))
     if batch == 64:
         assert 0.2 < decisions.float().mean() < 0.8
         keep_all = torch.ones(batch, 3, dtype=torch.bool)
         assert_within_tolerance(policy_logits, policy.network, images, keep_all)
         assert_within_tolerance(logits, network, images, decisions)
+
+
+@pytest.mark.parametrize(
+    "function", [pytest.param(walk_policy, marks=compiled), walk_policy_reference]
+)
+def test_keeps_where_the_logit_is_not_negative(function):
+    """Also where float32 rounds the sigmoid of a negative logit to 0.5."""
+    policy = make_policy_of_logits(NEAR_ZERO)
+    executor = make_executor(make_network((2, 2, 2)), policy)
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    _, decisions, policy_logits = function(images, *executor._network, *executor._policy[:2])
+    assert torch.equal(policy_logits[1], torch.tensor(NEAR_ZERO))
+    assert decisions[1].tolist() == [logit >= 0 for logit in NEAR_ZERO]
 
 
 @pytest.mark.parametrize("threads", [1, 3])

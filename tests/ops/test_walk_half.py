@@ -32,7 +32,13 @@ from blockdrop_fast.ops.walk_half import (
     walk_half_policy,
     walk_half_reference,
 )
-from tests.ops.test_walk import make_network, make_policy, random_decisions
+from tests.ops.test_walk import (
+    NEAR_ZERO,
+    make_network,
+    make_policy,
+    make_policy_of_logits,
+    random_decisions,
+)
 
 ROOT = Path(__file__).parents[2]
 SIMT = ROOT / "tests" / "simt"
@@ -241,6 +247,20 @@ def test_policy_decides(simulator, dtype, policy_layers):
     assert_right(policy_logits, policy.network, images, everything, tolerance)
     assert_right(logits, network, images, decisions, tolerance_of(network, dtype))
     assert torch.equal(logits, simulator.walk(images, decisions, executor._network))
+
+
+@needs_compiler
+@pytest.mark.parametrize("thread_blocks", [2, CLUSTERS])
+def test_keeps_where_the_logit_is_not_negative(sm90, thread_blocks):
+    """Also where float32 rounds the sigmoid of a negative logit to 0.5."""
+    policy = make_policy_of_logits(NEAR_ZERO)
+    executor = make_executor(make_network((2, 2, 2)), torch.bfloat16, policy)
+    networks = (executor._network, executor._policy)
+    _, decisions, policy_logits = sm90.walk_policy(
+        make_images(1), *networks, thread_blocks=thread_blocks
+    )
+    assert torch.equal(policy_logits[0], torch.tensor(NEAR_ZERO).bfloat16().float())
+    assert decisions[0].tolist() == [logit >= 0 for logit in NEAR_ZERO]
 
 
 @needs_compiler
