@@ -58,9 +58,30 @@ class Pretrain(Common):
     drop_rate: float = 0.0
     """Stochastic depth, drawn for each image: the last block's probability of being dropped,
     falling linearly towards the first block. 0: none."""
-    full_share: float = 0.5
-    """With --drop-rate: share of each batch's images that keep all blocks all the same, so that
-    the complete network stays good."""
+    full_share: float | None = None
+    """With --drop-rate or --droppable: share of each batch's images that keep all blocks all the
+    same, so that the complete network stays good; default: 0.5 and 0.12."""
+    droppable: bool = False
+    """Make a backbone that bears dropping: each image of a batch runs all blocks (--full-share), a
+    random set (--random-share), or a set of a nested chain, which greedy elimination chooses on
+    training images. Batch norm covers active images, and is recalibrated at the end."""
+    random_share: float = 0.38
+    """With --droppable: share of each batch's images whose blocks are each kept with a probability
+    of the image's own, uniform in --keep-lowest to 1."""
+    keep_lowest: float = 0.35
+    chain_lowest: int | None = None
+    """With --droppable: blocks of the chain's smallest set; default: a quarter."""
+    chain_every: int = 2
+    """With --droppable: epochs after which the chain is chosen anew."""
+    chain_images: int = 1000
+    """With --droppable: training images to choose the chain on."""
+    teacher: Path | None = None
+    """Backbone checkpoint whose logits, all blocks kept, are also learned (distillation); with
+    --droppable the default is --init."""
+    distill: float = 0.5
+    """With a teacher: weight of that loss; the cross entropy has the rest."""
+    temperature: float = 2.0
+    """With a teacher: softening of both logits."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import blockdrop_fast as bdf
 from train.config import Finetune
+from train.distillation import distillation_loss, load_teacher
 from train.loop import (
     Means,
     PolicyStatistics,
@@ -16,7 +17,6 @@ from train.loop import (
     engine_dtype,
     evaluate_test,
     evaluation_metrics,
-    normalization_of,
     prepare,
     sampling_generator,
 )
@@ -46,7 +46,7 @@ def finetune(config: Finetune) -> None:
     rewards_of = _masked_rewards if config.bn == "all" else _engine_rewards
     dtype = engine_dtype(config, device)
     engine = bdf.compile(model, dtype=dtype)
-    teacher = _load_teacher(config, model, device, dtype)
+    teacher = load_teacher(config.teacher, model, device, dtype)
     for epoch in run.epochs():
         means, statistics = Means(), PolicyStatistics()
         generator = sampling_generator(config.seed, epoch, device)
@@ -124,22 +124,6 @@ def _engine_rewards(
     return model.backbone(images, decisions[1], active_only=True), correct
 
 
-def distillation_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Mean over images of T^2 KL(softmax(target / T) || softmax(logits / T)) (Hinton et al. 2015).
-
-    Args:
-        logits: (B, C), with gradient.
-        target: (B, C), the teacher's.
-        temperature: T.
-    """
-    return temperature**2 * F.kl_div(
-        F.log_softmax(logits / temperature, 1),
-        F.log_softmax(target / temperature, 1),
-        reduction="batchmean",
-        log_target=True,
-    )
-
-
 def freeze_batch_norm(network: nn.Module) -> None:
     """Batch norm with running statistics that stay as they are; its weights still train."""
     for module in network.modules():
@@ -168,22 +152,3 @@ def _load_model(config: Finetune) -> bdf.BlockDrop:
             "pass updates the batch-norm statistics: it takes 1 (or use --bn active)"
         )
     return bdf.load(config.model).requires_grad_(True)
-
-
-def _load_teacher(
-    config: Finetune, model: bdf.BlockDrop, device: torch.device, dtype: torch.dtype
-) -> bdf.Engine | None:
-    if config.teacher is None:
-        return None
-    teacher = bdf.load_backbone(config.teacher)
-    classes = teacher.config.num_classes, model.backbone.config.num_classes
-    if classes[0] != classes[1]:
-        raise ValueError(
-            f"teacher: {config.teacher} has {classes[0]} classes, the model has {classes[1]}"
-        )
-    if normalization_of(teacher) != normalization_of(model):
-        raise ValueError(
-            f"teacher: {config.teacher} expects images normalised by "
-            f"{normalization_of(teacher)}, the model by {normalization_of(model)}"
-        )
-    return bdf.compile(teacher.to(device), dtype=dtype)

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import blockdrop_fast as bdf
-from blockdrop_fast.data.batches import batches_of, load_dataset
+from blockdrop_fast.data.batches import Batches, batches_of, load_dataset
 from blockdrop_fast.data.image_sets import (
     NO_NORMALIZATION,
     Dataset,
@@ -55,7 +55,7 @@ class Run:
         config: of the stage.
         model: what the run trains and saves (BlockDrop or a backbone).
         optimizers: whose state a checkpoint holds.
-        schedulers: likewise.
+        schedulers: likewise, and whatever else has such a state.
 
     Raises:
         FileExistsError: the folder holds a run and ``--resume`` was not given.
@@ -290,15 +290,21 @@ def evaluate_test(
     engine: bdf.Engine, dataset: Dataset, workers: int, decide=None, batch_size: int = 250
 ) -> Evaluation:
     """Evaluate on the test split."""
-    batches = batches_of(
-        dataset.test,
+    return evaluate(engine, plain_batches(engine.model, dataset.test, batch_size, workers), decide)
+
+
+def plain_batches(
+    model: nn.Module, image_set: ImageSet | ImageFolder, batch_size: int, workers: int
+) -> Batches:
+    """A split in order and not augmented, as the model takes it."""
+    return batches_of(
+        image_set,
         batch_size,
-        normalization=normalization_of(engine.model),
-        device=engine.device,
+        normalization=normalization_of(model),
+        device=device_of(model),
         memory_format=torch.channels_last,
         workers=workers,
     )
-    return evaluate(engine, batches, decide)
 
 
 def normalization_of(model: nn.Module) -> Normalization:

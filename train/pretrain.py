@@ -9,17 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import blockdrop_fast as bdf
+from blockdrop_fast.data.batches import Batches
 from blockdrop_fast.data.image_sets import IMAGENET_NORMALIZATION, Dataset
+from blockdrop_fast.measure.static_line import set_accuracies
 from train.config import Pretrain
+from train.distillation import distillation_loss, load_teacher
+from train.droppable import Chain, random_subnetworks, recalibrate
 from train.loop import (
     Means,
     Run,
     autocast,
     engine_dtype,
     evaluate_test,
+    plain_batches,
     prepare,
     sampling_generator,
 )
+
+RECALIBRATION_IMAGES = 2000
 
 _IMAGENET_ARCHITECTURES = {
     "resnet50": bdf.resnet50,
@@ -29,7 +36,12 @@ _IMAGENET_ARCHITECTURES = {
 
 
 def pretrain(config: Pretrain) -> None:
-    """Train a backbone with SGD under a one-cycle schedule, optionally with stochastic depth."""
+    """Train a backbone with SGD under a one-cycle schedule, on all blocks or random ones.
+
+    Raises:
+        ValueError: options that contradict each other.
+    """
+    _check(config)
     device, dataset = prepare(config)
     backbone = _make_backbone(config, dataset).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -43,21 +55,28 @@ def pretrain(config: Pretrain) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, total_steps=config.epochs * steps, cycle_momentum=False
     )
-    run = Run(config, backbone, [optimizer], [scheduler])
-    engine = bdf.compile(backbone, dtype=engine_dtype(config, device))
+    dtype = engine_dtype(config, device)
+    engine = bdf.compile(backbone, dtype=dtype)
+    teacher = load_teacher(
+        config.teacher or (config.init if config.droppable else None), backbone, device, dtype
+    )
+    chain = _make_chain(config, backbone, dataset) if config.droppable else None
+    run = Run(config, backbone, [optimizer], [scheduler] + ([chain] if config.droppable else []))
     for epoch in run.epochs():
         means = Means()
         generator = sampling_generator(config.seed, epoch, device)
         backbone.train()
+        if chain is not None:
+            chain.look(engine, epoch)
         for images, labels in run.batches(dataset.train, epoch, config.batch_size):
-            decisions = None
-            if config.drop_rate:
-                decisions = stochastic_depth(
-                    len(images), backbone.num_blocks, config.drop_rate, config.full_share, generator
-                )
+            decisions = _decisions(config, len(images), backbone.num_blocks, chain, generator)
             with autocast(config, device):
                 logits = backbone(images, decisions, active_only=decisions is not None)
                 loss = F.cross_entropy(logits, labels)
+                if teacher is not None:
+                    target = teacher(images.to(dtype)).logits.float()
+                    distilled = distillation_loss(logits, target, config.temperature)
+                    loss = (1 - config.distill) * loss + config.distill * distilled
             run.check_finite(loss, epoch=epoch, lr=scheduler.get_last_lr()[0])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -67,11 +86,29 @@ def pretrain(config: Pretrain) -> None:
             if run.step % 20 == 0:
                 run.show(**means.items())
         metrics = {f"train_{name}": value for name, value in means.items().items()}
+        if chain is not None and epoch == config.epochs:
+            _recalibrate(config, backbone, dataset, chain, generator)
         if run.due(epoch, config.evaluate_every):
             engine.refresh()
             evaluation = evaluate_test(engine, dataset, config.workers)
             metrics["test_accuracy"] = evaluation.accuracy
+            if chain is not None:
+                metrics |= _chain_accuracies(engine, dataset, config.workers, chain)
         run.finish_epoch(epoch, metrics)
+
+
+def _decisions(
+    config: Pretrain, batch: int, num_blocks: int, chain: Chain | None, generator: torch.Generator
+) -> Tensor | None:
+    if chain is not None:
+        full = 0.12 if config.full_share is None else config.full_share
+        return random_subnetworks(
+            batch, chain.sets, full, config.random_share, config.keep_lowest, generator
+        )
+    if config.drop_rate:
+        full = 0.5 if config.full_share is None else config.full_share
+        return stochastic_depth(batch, num_blocks, config.drop_rate, full, generator)
+    return None
 
 
 def stochastic_depth(
@@ -90,6 +127,66 @@ def stochastic_depth(
     decisions = torch.bernoulli(keep, generator=generator).bool()
     decisions[: round(full_share * batch)] = True
     return decisions
+
+
+def _check(config: Pretrain) -> None:
+    if config.droppable and config.drop_rate:
+        raise ValueError("droppable: expected without --drop-rate, which samples blocks itself")
+    shares = {
+        "full_share": config.full_share or 0.0,
+        "random_share": config.random_share,
+        "keep_lowest": config.keep_lowest,
+        "distill": config.distill,
+    }
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: expected 0 to 1, got {share}")
+    if config.droppable and shares["full_share"] + config.random_share > 1:
+        raise ValueError(
+            f"full_share and random_share: expected at most 1 together, got "
+            f"{config.full_share} and {config.random_share}"
+        )
+
+
+def _make_chain(config: Pretrain, backbone: bdf.ResNet, dataset: Dataset) -> Chain:
+    blocks = backbone.num_blocks
+    lowest = round(blocks / 4) if config.chain_lowest is None else config.chain_lowest
+    batches = _some_training_batches(config, backbone, dataset, config.chain_images)
+    return Chain(list(batches), config.chain_every, lowest, blocks)
+
+
+def _recalibrate(
+    config: Pretrain,
+    backbone: bdf.ResNet,
+    dataset: Dataset,
+    chain: Chain,
+    generator: torch.Generator,
+) -> None:
+    recalibrate(
+        backbone,
+        _some_training_batches(config, backbone, dataset, RECALIBRATION_IMAGES),
+        lambda images: _decisions(config, len(images), backbone.num_blocks, chain, generator),
+    )
+
+
+def _some_training_batches(
+    config: Pretrain, backbone: bdf.ResNet, dataset: Dataset, images: int
+) -> Batches:
+    some = dataset.train.subset(min(images, len(dataset.train)), config.seed)
+    return plain_batches(backbone, some, config.batch_size, config.workers)
+
+
+def _chain_accuracies(
+    engine: bdf.Engine, dataset: Dataset, workers: int, chain: Chain
+) -> dict[str, float]:
+    """Test accuracies of some sets of the chain, under the number of their blocks."""
+    chosen = chain.sets[:: -(-len(chain.sets) // 4)]
+    batches = plain_batches(engine.backbone, dataset.test, 250, workers)
+    accuracies = set_accuracies(engine, batches, chosen)
+    return {
+        f"test_accuracy_{int(blocks)}_blocks": float(accuracy)
+        for blocks, accuracy in zip(chosen.sum(1), accuracies, strict=True)
+    }
 
 
 def _make_backbone(config: Pretrain, dataset: Dataset) -> bdf.ResNet:

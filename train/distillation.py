@@ -1,0 +1,54 @@
+"""Learning from a teacher's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import blockdrop_fast as bdf
+from train.loop import normalization_of
+
+
+def distillation_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Mean over images of T^2 KL(softmax(target / T) || softmax(logits / T)) (Hinton et al. 2015).
+
+    Args:
+        logits: (B, C), with gradient.
+        target: (B, C), the teacher's.
+        temperature: T.
+    """
+    return temperature**2 * F.kl_div(
+        F.log_softmax(logits / temperature, 1),
+        F.log_softmax(target / temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def load_teacher(
+    path: Path | None, model: nn.Module, device: torch.device, dtype: torch.dtype
+) -> bdf.Engine | None:
+    """An engine of the backbone in a checkpoint, all blocks kept; none without a path.
+
+    Args:
+        model: what it shall teach, a backbone or BlockDrop model.
+
+    Raises:
+        ValueError: it has other classes or takes images normalised otherwise.
+    """
+    if path is None:
+        return None
+    teacher = bdf.load_backbone(path)
+    backbone = model.backbone if isinstance(model, bdf.BlockDrop) else model
+    classes = teacher.config.num_classes, backbone.config.num_classes
+    if classes[0] != classes[1]:
+        raise ValueError(f"teacher: {path} has {classes[0]} classes, the model has {classes[1]}")
+    if normalization_of(teacher) != normalization_of(model):
+        raise ValueError(
+            f"teacher: {path} expects images normalised by {normalization_of(teacher)}, "
+            f"the model by {normalization_of(model)}"
+        )
+    return bdf.compile(teacher.to(device), dtype=dtype)
