@@ -19,78 +19,21 @@ from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.measure.timing import make_reference
 from blockdrop_fast.networks.folding import FoldedConv
 from blockdrop_fast.networks.policy import PolicyNetwork
-from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet50
+from blockdrop_fast.networks.resnet import ResNetConfig, resnet50
+from tests.random_networks import (
+    BOTTLENECK,
+    CIFAR,
+    CUSTOM,
+    IMAGES,
+    keep_half,
+    make_decisions,
+    make_images,
+    make_model,
+    make_network,
+    make_policy,
+)
 
 STRATEGIES = ["walk", "gather", "dense"]
-IMAGES = 64  # the tolerance means something from here on
-
-CIFAR = ResNetConfig("basic", (2, 1, 2), (16, 32, 64), "cifar", "average_pool", 10)
-BOTTLENECK = ResNetConfig("bottleneck", (2, 1, 2), (4, 6, 8), "imagenet", "projection", 7)
-# What the walk does not run, each with something of its own.
-CUSTOM = {
-    "bottleneck": BOTTLENECK,
-    "basic projection": ResNetConfig("basic", (1, 2), (64, 8), "imagenet", "projection", 5),
-    "imagenet average pool": ResNetConfig("basic", (2, 1), (64, 80), "imagenet", "average_pool", 3),
-    "cifar bottleneck": ResNetConfig("bottleneck", (1, 2), (4, 8), "cifar", "subsample", 5),
-    "one segment": ResNetConfig("basic", (3,), (8,), "cifar", "subsample", 2),
-    "no new channels": ResNetConfig("basic", (1, 2), (8, 8), "cifar", "average_pool", 4),
-    "no new channels, subsampled": ResNetConfig("basic", (1, 2), (8, 8), "cifar", "subsample", 4),
-}
-
-
-def make_network(config: ResNetConfig, seed: int = 0) -> ResNet:
-    """A network in eval mode whose batch norm does something, with logits of order one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = ResNet(config).eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.weight, 0.4, 0.9),
-                (module.bias, -0.3, 0.3),
-                (module.running_mean, -0.2, 0.2),
-                (module.running_var, 0.5, 1.5),
-            ):
-                tensor.data.uniform_(low, high, generator=generator)
-    return network
-
-
-def make_policy(num_blocks: int, images: torch.Tensor, seed: int = 1, pool: int = 1):
-    """A policy network that keeps about half of the blocks of these images."""
-    config = ResNetConfig("basic", (1, 1, 1), (16, 32, 64), "cifar", "average_pool", num_blocks)
-    policy = PolicyNetwork(make_network(config, seed), pool).eval()
-    with torch.no_grad():
-        policy.network.fc.bias -= policy.logits(images.float()).median(0).values
-    return policy
-
-
-def make_model(config: ResNetConfig = CIFAR, seed: int = 0):
-    """A BlockDrop model and images that it keeps about half of its blocks for."""
-    images = make_images(config, IMAGES, seed)
-    backbone = make_network(config, seed)
-    return bdf.BlockDrop(backbone, make_policy(backbone.num_blocks, images)), images
-
-
-def make_images(config: ResNetConfig, count: int, seed: int = 0, dtype=torch.float32):
-    size = (24, 32) if config.stem == "imagenet" else (8, 12)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, *size, generator=generator).to(dtype)
-
-
-def make_decisions(kind: str, count: int, num_blocks: int, seed: int = 0) -> torch.Tensor:
-    """Decisions: all kept, all dropped, of one image only, or of every block usage."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "one image":
-        decisions = torch.zeros(count, num_blocks, dtype=torch.bool)
-        decisions[seed % count] = True
-        return decisions
-    if kind == "random":
-        usage = torch.rand(count, 1, generator=generator) * 1.4 - 0.2
-        return torch.rand(count, num_blocks, generator=generator) < usage
-    return torch.full((count, num_blocks), kind == "all kept")
-
-
 KINDS = st.sampled_from(["all kept", "all dropped", "one image", "random", "random"])
 
 
@@ -285,8 +228,7 @@ def test_policy_that_the_walk_does_not_run(strategy):
     backbone = make_network(CIFAR)
     config = ResNetConfig("basic", (1, 1), (8, 24), "cifar", "subsample", backbone.num_blocks)
     policy = PolicyNetwork(make_network(config, 1)).eval()
-    with torch.no_grad():
-        policy.network.fc.bias -= policy.logits(images).median(0).values
+    keep_half(policy, images)
     engine = bdf.compile(bdf.BlockDrop(backbone, policy), strategy=strategy)
     if extension_status().loaded:
         assert engine.strategy == "walk"

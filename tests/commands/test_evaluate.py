@@ -11,7 +11,8 @@ from blockdrop_fast.commands import cli
 from blockdrop_fast.data.batches import batches_of, load_digits
 from blockdrop_fast.data.image_sets import Normalization
 from blockdrop_fast.networks.checkpoints import load_any
-from tests.networks.test_checkpoints import authors_keys, authors_policy_keys
+from tests.networks.state_dicts import authors_keys, authors_policy_keys
+from tests.random_networks import keep_half
 
 NORMALIZATION = Normalization(mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
 
@@ -28,8 +29,7 @@ def make_model(classes: int = 10, normalization=NORMALIZATION) -> bdf.BlockDrop:
     model = bdf.BlockDrop(bdf.resnet_cifar(14, classes), bdf.policy_resnet8(6)).eval()
     model.backbone.normalization = normalization
     images, _ = next(batches_of(load_digits().test, 64, normalization=NORMALIZATION))
-    with torch.no_grad():
-        model.policy.network.fc.bias -= model.policy.logits(images).median(0).values
+    keep_half(model.policy, images)
     return model
 
 

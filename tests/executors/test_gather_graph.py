@@ -10,7 +10,6 @@ from typing import get_args
 import pytest
 import torch
 
-import tests.test_engine as test_engine
 from blockdrop_fast import engine as engine_module
 from blockdrop_fast.engine import compile
 from blockdrop_fast.executors import gather_graph
@@ -19,8 +18,8 @@ from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Way, padd
 from blockdrop_fast.executors.recording import Recorded
 from blockdrop_fast.measure.timing import make_reference
 from blockdrop_fast.networks.folding import fold_network
-from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
-from tests.test_engine import (
+from blockdrop_fast.networks.resnet import ResNetConfig
+from tests.random_networks import (
     BOTTLENECK,
     CIFAR,
     CUSTOM,
@@ -28,6 +27,7 @@ from tests.test_engine import (
     make_images,
     make_model,
     make_network,
+    make_policy,
 )
 
 KINDS = ["all kept", "all dropped", "one image", "random"]
@@ -37,19 +37,6 @@ LAUNCHES = get_args(gather_graph.Launch)
 def make_executor(config=BOTTLENECK, dtype=torch.float32, **options):
     network = make_network(config)
     return network, GraphGatherExecutor(fold_network(network, dtype), **options)
-
-
-def make_policy(config: ResNetConfig, images: torch.Tensor, pool: int) -> ResNet:
-    """An output a block of ``config``; an even number of ``images`` keep half of the blocks."""
-    blocks = sum(config.layers)
-    policy = make_network(
-        ResNetConfig("basic", (1, 1), (8, 16), "cifar", "average_pool", blocks), seed=1
-    )
-    with torch.no_grad():
-        pooled = torch.nn.functional.avg_pool2d(images, pool)
-        # Between two images' logits: one at zero would keep or drop by its last bit.
-        policy.fc.bias -= policy(pooled).quantile(0.5, 0)
-    return policy
 
 
 @pytest.mark.parametrize("name", ["cifar", *CUSTOM])
@@ -97,7 +84,7 @@ def test_rows_beyond_the_batch_do_not_matter(launch, kind):
 def test_policy_decides(pool):
     _, executor = make_executor(CIFAR)
     images = make_images(CIFAR, 34) if pool == 1 else torch.randn(34, 3, 16, 16)
-    policy = make_policy(CIFAR, images, pool)
+    policy = make_policy(5, images, pool=pool).network
     executor.set_policy(fold_network(policy, torch.float32), pool)
     with torch.no_grad():
         wanted = policy(torch.nn.functional.avg_pool2d(images, pool)) >= 0
@@ -113,7 +100,7 @@ def test_graphs_of_the_caller_change_the_number_of_images(monkeypatch):
     """A replay of one, captured for fewer images in the same rows, comes between two calls."""
     _, executor = make_executor(CIFAR, launch="conditional")
     images = make_images(CIFAR, 18)
-    policy = make_policy(CIFAR, images, 1)
+    policy = make_policy(5, images).network
     executor.set_policy(fold_network(policy, torch.float32), 1)
     _, wanted = executor.run_policy(images)
     with monkeypatch.context() as capturing:
@@ -132,7 +119,7 @@ def test_graphs_of_the_caller_change_the_number_of_images(monkeypatch):
 def test_outputs_outlive_the_next_call():
     _, executor = make_executor(CIFAR)
     executor.set_policy(
-        fold_network(make_policy(CIFAR, make_images(CIFAR, 8), 1), torch.float32), 1
+        fold_network(make_policy(5, make_images(CIFAR, 8)).network, torch.float32), 1
     )
     images = make_images(CIFAR, 8)
     first = executor.run_policy(images)
@@ -239,7 +226,7 @@ def test_in_an_engine(monkeypatch, launch):
     assert empty.logits.shape == (0, 10)
     assert empty.decisions.shape == (0, 5)
     # 8 x 12 suits the backbone, but not a policy network after pooling by 3.
-    model.policy = test_engine.make_policy(5, torch.randn(4, 3, 12, 12), pool=3)
+    model.policy = make_policy(5, torch.randn(4, 3, 12, 12), pool=3)
     with pytest.raises(ValueError, match=r"images: .* for the policy network"):
         compile(model, strategy="gather")(images)
 

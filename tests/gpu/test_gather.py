@@ -6,6 +6,7 @@ captures and replays are different code.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -16,16 +17,17 @@ from blockdrop_fast import triton_kernels
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Launch
 from blockdrop_fast.executors.recording import why_no_switches
 from blockdrop_fast.measure.timing import make_reference
-from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNetConfig
-from tests.gpu.test_kernels import pytestmark  # noqa: F401  (the same conditions)
-from tests.test_engine import make_decisions, make_network
+from tests.gpu.conditions import on_gpu
+from tests.random_networks import make_decisions, make_network, make_policy, random_images
 
+pytestmark = on_gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BOTTLENECK = ResNetConfig("bottleneck", (2, 3, 2), (16, 32, 64), "imagenet", "projection", 10)
 BASIC = ResNetConfig("basic", (2, 2, 3), (16, 32, 64), "cifar", "average_pool", 10)
 LAUNCHES = get_args(Launch)
 CALLS = 5  # the universal way, the pattern's own, its capture, replays
+make_images = partial(random_images, size=64, device="cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -35,18 +37,9 @@ def _poison_free_memory():
     del poison
 
 
-def make_images(count: int, dtype=torch.bfloat16, size: int = 64, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, size, size, generator=generator).to("cuda", dtype)
-
-
 def make_model(config=BOTTLENECK, pool: int = 2):
     images = make_images(64, torch.float32).cpu()
-    blocks = sum(config.layers)
-    network = ResNetConfig("basic", (1, 1, 1), (16, 32, 64), "cifar", "average_pool", blocks)
-    policy = PolicyNetwork(make_network(network, seed=1), pool).eval()
-    with torch.no_grad():  # policy logits around zero, so that it keeps and drops
-        policy.network.fc.bias -= policy.logits(images).median(0).values
+    policy = make_policy(sum(config.layers), images, pool=pool)
     return bdf.BlockDrop(make_network(config), policy).eval().cuda()
 
 

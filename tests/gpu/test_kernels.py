@@ -6,12 +6,12 @@ Names with "small" are the cases that compute-sanitizer can run in a few minutes
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast._extension import extension_status
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
 from blockdrop_fast.measure.timing import make_reference
 from blockdrop_fast.networks.folding import fold_network
@@ -23,28 +23,14 @@ from blockdrop_fast.ops import (
     walk_half,
     walk_half_reference,
 )
+from tests.gpu.conditions import on_gpu
 from tests.ops.gathered_conv_cases import FORMS, make_case
-from tests.ops.test_walk import make_network, make_policy, random_decisions
+from tests.random_networks import make_cifar_network as make_network
+from tests.random_networks import make_policy, random_decisions, random_images
 
-
-def _why_skip() -> str:
-    if not torch.cuda.is_available():
-        return "there is no GPU here"
-    if extension_status().build_info.get("cuda") is None:
-        return "the extension has no CUDA kernels"
-    return ""
-
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(bool(_why_skip()), reason=_why_skip() or "-"),
-]
+pytestmark = on_gpu
 DTYPES = [torch.bfloat16, torch.float16]
-
-
-def make_images(count: int, dtype=torch.bfloat16) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 3, 32, 32, generator=generator).to("cuda", dtype)
+make_images = partial(random_images, device="cuda")
 
 
 def make_decisions(*shape: int) -> torch.Tensor:
@@ -57,11 +43,9 @@ def make_executor(layers, shortcut="average_pool", dtype=torch.bfloat16, num_cla
 
 
 def make_engine(dtype=torch.bfloat16, layers=(2, 1, 2)):
-    network, policy = make_network(layers), make_policy(sum(layers))
-    images = make_images(64, torch.float32).cpu()
-    with torch.no_grad():  # policy logits around zero, so that it keeps and drops
-        policy.network.fc.bias -= policy.logits(images).median(0).values
-    engine = bdf.compile(bdf.BlockDrop(network, policy).eval().cuda(), dtype=dtype, strategy="walk")
+    policy = make_policy(sum(layers), make_images(64, torch.float32).cpu())
+    model = bdf.BlockDrop(make_network(layers), policy).eval().cuda()
+    engine = bdf.compile(model, dtype=dtype, strategy="walk")
     assert engine.strategy == "walk"
     return engine
 

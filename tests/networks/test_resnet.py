@@ -21,6 +21,7 @@ from blockdrop_fast.networks.resnet import (
     resnet_cifar,
     resnet_imagenet,
 )
+from tests.random_networks import make_network, random_images
 
 CONFIGS = {
     "average-pool": ResNetConfig("basic", (2, 1, 2), (4, 8, 16), "cifar", "average_pool", 5),
@@ -31,22 +32,9 @@ CONFIGS = {
 }
 
 
-def make_network(config, dtype=torch.float64):
-    """A network in eval mode with random weights and batch-norm statistics."""
-    torch.manual_seed(0)
-    network = ResNet(config)
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            if "bn" in name and name.endswith(("weight", "running_var")):
-                tensor.uniform_(0.5, 1.5)
-            elif "bn" in name and name.endswith(("bias", "running_mean")):
-                tensor.normal_(0, 0.3)
-    return network.to(dtype).eval()
-
-
-def make_images(config, batch, dtype=torch.float64):
+def make_images(config, batch):
     size = (36, 50) if config.stem == "imagenet" else (16, 12)
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return random_images(batch, torch.float64, size, seed=1)
 
 
 def make_decisions(config):
@@ -123,7 +111,7 @@ def naive(network, images, decisions):
 @pytest.mark.parametrize("active_only", [False, True], ids=["masked", "active"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_reference_is_the_naive_implementation(name, active_only):
-    network = make_network(CONFIGS[name])
+    network = make_network(CONFIGS[name]).double()
     decisions = make_decisions(network.config)
     images = make_images(network.config, len(decisions))
     with torch.no_grad():
@@ -136,7 +124,7 @@ def test_reference_is_the_naive_implementation(name, active_only):
 @pytest.mark.parametrize("active_only", [False, True], ids=["masked", "active"])
 @pytest.mark.parametrize("k", range(5))
 def test_each_single_block_can_be_dropped_or_kept_alone(k, active_only):
-    network = make_network(CONFIGS["average-pool"])
+    network = make_network(CONFIGS["average-pool"]).double()
     images = make_images(network.config, 2)
     alone = torch.zeros(2, 5)
     alone[:, k] = 1
@@ -149,7 +137,7 @@ def test_each_single_block_can_be_dropped_or_kept_alone(k, active_only):
 @pytest.mark.parametrize("active_only", [False, True], ids=["masked", "active"])
 def test_a_dropped_block_has_no_relu(active_only):
     """With a projection that is negative everywhere, a ReLU would leave zeros."""
-    network = make_network(CONFIGS["basic-projection"])
+    network = make_network(CONFIGS["basic-projection"]).double()
     shortcut = network.shortcuts[1]
     with torch.no_grad():
         shortcut.bn.weight.zero_()
@@ -171,7 +159,7 @@ def test_parameter_free_shortcuts_by_hand(shortcut):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_those_of_the_naive_implementation(name):
-    network = make_network(CONFIGS[name])
+    network = make_network(CONFIGS[name]).double()
     decisions = make_decisions(network.config)
     decisions[:, 1] = 0  # a block that no image keeps
     decisions[:, 2] = 1  # one that all keep
@@ -198,7 +186,7 @@ def test_gradients_are_those_of_the_naive_implementation(name):
 @pytest.mark.parametrize("active_only", [False, True], ids=["masked", "active"])
 def test_batch_norm_statistics_in_train_mode(active_only):
     """Over all images when masked, over active ones otherwise; untouched if nobody keeps."""
-    network = make_network(CONFIGS["average-pool"]).train()
+    network = make_network(CONFIGS["average-pool"]).double().train()
     images = make_images(network.config, 4)
     decisions = torch.ones(4, 5)
     decisions[:, 0] = torch.tensor([1, 0, 1, 0])
@@ -223,7 +211,7 @@ def test_batch_norm_statistics_in_train_mode(active_only):
      torch.float32, torch.float64],
 )  # fmt: skip
 def test_decisions_of_any_dtype(dtype):
-    network = make_network(CONFIGS["subsample"])
+    network = make_network(CONFIGS["subsample"]).double()
     decisions = make_decisions(network.config)
     images = make_images(network.config, len(decisions))
     with torch.no_grad():
@@ -234,7 +222,7 @@ def test_decisions_of_any_dtype(dtype):
 @pytest.mark.parametrize("active_only", [False, True], ids=["masked", "active"])
 @pytest.mark.parametrize("name", ["average-pool", "projection"])
 def test_channels_last(name, active_only):
-    network = make_network(CONFIGS[name])
+    network = make_network(CONFIGS[name]).double()
     decisions = make_decisions(network.config)
     images = make_images(network.config, len(decisions))
     with torch.no_grad():
@@ -248,7 +236,7 @@ def test_channels_last(name, active_only):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_stays_close(dtype):
     config = CONFIGS["average-pool"]
-    network = make_network(config)
+    network = make_network(config).double()
     decisions = make_decisions(config)
     images = make_images(config, len(decisions)).to(dtype)
     with torch.no_grad():
@@ -263,7 +251,7 @@ def test_lower_precision_stays_close(dtype):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("active_only", [False, True], ids=["masked", "active"])
 def test_empty_batch(name, active_only):
-    network = make_network(CONFIGS[name])
+    network = make_network(CONFIGS[name]).double()
     images = make_images(network.config, 0)
     decisions = torch.zeros(0, network.num_blocks)
     assert network(images, decisions, active_only=active_only).shape == (0, 5)
@@ -271,7 +259,7 @@ def test_empty_batch(name, active_only):
 
 
 def test_images_do_not_depend_on_their_batch():
-    network = make_network(CONFIGS["projection"])
+    network = make_network(CONFIGS["projection"]).double()
     decisions = make_decisions(network.config)
     images = make_images(network.config, len(decisions))
     with torch.no_grad():
@@ -287,7 +275,7 @@ def test_images_do_not_depend_on_their_batch():
 
 
 def test_blockdrop_runs_at_its_policys_decisions():
-    backbone = make_network(CONFIGS["average-pool"])
+    backbone = make_network(CONFIGS["average-pool"]).double()
     torch.manual_seed(3)
     model = BlockDrop(backbone, policy_resnet8(5).double()).eval()
     images = make_images(backbone.config, 6)

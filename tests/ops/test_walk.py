@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from blockdrop_fast._extension import extension_status
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.networks.folding import fold_network
-from blockdrop_fast.networks.policy import PolicyNetwork, policy_resnet8
+from blockdrop_fast.networks.policy import policy_resnet8
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet50, resnet_cifar
 from blockdrop_fast.ops.walk import (
     walk,
@@ -22,10 +21,10 @@ from blockdrop_fast.ops.walk import (
     walk_policy_reference,
     walk_reference,
 )
+from tests.random_networks import NEAR_ZERO, make_policy, make_policy_of_logits, random_decisions
+from tests.random_networks import make_cifar_network as make_network
 
 ISAS = ("avx512", "avx2", "portable")
-# Policy logits; the sigmoid of the third is 0.5 in float32.
-NEAR_ZERO = (-1.0, -1e-6, -5e-8, 0.0, 5e-8, 1.0)
 compiled = pytest.mark.skipif(
     not extension_status().loaded, reason=f"no compiled kernels: {extension_status().reason}"
 )
@@ -51,47 +50,9 @@ def isa(request, monkeypatch):
     return request.param
 
 
-def make_network(layers, shortcut="average_pool", num_classes=10, seed=0) -> ResNet:
-    """A network in eval mode whose batch norm does something, with logits of order one."""
-    generator = torch.Generator().manual_seed(seed)
-    config = ResNetConfig("basic", tuple(layers), (16, 32, 64), "cifar", shortcut, num_classes)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = ResNet(config).eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.weight, 0.4, 0.9),
-                (module.bias, -0.3, 0.3),
-                (module.running_mean, -0.2, 0.2),
-                (module.running_var, 0.5, 1.5),
-            ):
-                tensor.data.uniform_(low, high, generator=generator)
-    return network
-
-
-def make_policy(num_blocks, seed=1) -> PolicyNetwork:
-    return PolicyNetwork(make_network((1, 1, 1), "average_pool", num_blocks, seed))
-
-
-def make_policy_of_logits(logits) -> PolicyNetwork:
-    """A policy network that gives these logits to every image."""
-    policy = make_policy(len(logits))
-    with torch.no_grad():
-        policy.network.fc.weight.zero_()
-        policy.network.fc.bias.copy_(torch.tensor(logits))
-    return policy
-
-
 def make_executor(network, policy=None) -> WalkExecutor:
     fold = (fold_network(one, torch.float32) for one in (network, policy and policy.network) if one)
     return WalkExecutor(*fold)
-
-
-def random_decisions(generator, *shape) -> torch.Tensor:
-    """Decisions with every block usage from none to all."""
-    usage = torch.rand(*shape[:-1], 1, generator=generator) * 1.4 - 0.2
-    return torch.rand(*shape, generator=generator) < usage
 
 
 def assert_within_tolerance(logits, network, images, decisions):
@@ -199,11 +160,8 @@ def test_sets_equal_one_by_one(num_sets, batch, threads, data):
 def test_policy_decides(isa, threads, batch):
     torch.set_num_threads(threads)
     network = make_network((2, 2, 2), "subsample", num_classes=7)
-    policy = make_policy(6)
-    # Policy logits around zero, so that it keeps and drops.
     images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        policy.network.fc.bias -= policy.logits(images).median(0).values
+    policy = make_policy(6, images)
     executor = make_executor(network, policy)
     logits, decisions, policy_logits = executor.run_policy(images[:batch])
     assert torch.equal(decisions, policy_logits >= 0)

@@ -32,19 +32,21 @@ from blockdrop_fast.ops.walk_half import (
     walk_half_policy,
     walk_half_reference,
 )
-from tests.ops.test_walk import (
+from tests.random_networks import (
+    IMAGES,
     NEAR_ZERO,
-    make_network,
+    keep_half,
     make_policy,
     make_policy_of_logits,
     random_decisions,
 )
+from tests.random_networks import make_cifar_network as make_network
+from tests.random_networks import random_images as make_images
 
 ROOT = Path(__file__).parents[2]
 SIMT = ROOT / "tests" / "simt"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 DTYPES = [torch.bfloat16, torch.float16]
-IMAGES = 64  # the tolerance means something from here on
 CLUSTERS = 0  # "thread blocks" that stand for a cluster an image, as for small batches
 
 needs_compiler = pytest.mark.skipif(
@@ -161,11 +163,6 @@ def make_executor(network: ResNet, dtype, policy=None) -> WalkHalfExecutor:
     return WalkHalfExecutor(*fold)
 
 
-def make_images(count: int, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 32, 32, generator=generator).to(dtype)
-
-
 @functools.cache
 def shared_network(layers, shortcut, num_classes) -> ResNet:
     """A network that tests share, and its tolerance with it; not to be changed."""
@@ -226,8 +223,7 @@ def make_deciding(dtype, policy_layers):
     policy = make_policy(3)
     policy.network = make_network(policy_layers, "average_pool", 3, seed=1)
     images = make_images(8, dtype)
-    with torch.no_grad():  # policy logits around zero
-        policy.network.fc.bias -= policy.logits(images.float()).median(0).values
+    keep_half(policy, images)
     return network, policy, make_executor(network, dtype, policy), images
 
 

@@ -17,7 +17,7 @@ from blockdrop_fast.commands import cli
 from blockdrop_fast.data.batches import batches_of, load_dataset
 from blockdrop_fast.data.image_files import image_folder_loader
 from blockdrop_fast.data.image_sets import IMAGENET_NORMALIZATION, ImageFolder
-from tests.networks.test_checkpoints import torchvision_keys
+from tests.networks.state_dicts import torchvision_keys
 from train import __main__ as command_line
 from train.config import recipe
 from train.curriculum import curriculum

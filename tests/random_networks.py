@@ -1,0 +1,127 @@
+"""Random networks, policies, decisions and images for all tests, each made from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.policy import PolicyNetwork
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
+
+IMAGES = 64  # a tolerance measured on images means something from here on
+
+CIFAR = ResNetConfig("basic", (2, 1, 2), (16, 32, 64), "cifar", "average_pool", 10)
+BOTTLENECK = ResNetConfig("bottleneck", (2, 1, 2), (4, 6, 8), "imagenet", "projection", 7)
+# What the walk does not run, each with something of its own.
+CUSTOM = {
+    "bottleneck": BOTTLENECK,
+    "basic projection": ResNetConfig("basic", (1, 2), (64, 8), "imagenet", "projection", 5),
+    "imagenet average pool": ResNetConfig("basic", (2, 1), (64, 80), "imagenet", "average_pool", 3),
+    "cifar bottleneck": ResNetConfig("bottleneck", (1, 2), (4, 8), "cifar", "subsample", 5),
+    "one segment": ResNetConfig("basic", (3,), (8,), "cifar", "subsample", 2),
+    "no new channels": ResNetConfig("basic", (1, 2), (8, 8), "cifar", "average_pool", 4),
+    "no new channels, subsampled": ResNetConfig("basic", (1, 2), (8, 8), "cifar", "subsample", 4),
+}
+# Policy logits; the sigmoid of the third is 0.5 in float32.
+NEAR_ZERO = (-1.0, -1e-6, -5e-8, 0.0, 5e-8, 1.0)
+
+
+def make_network(config: ResNetConfig, seed: int = 0) -> ResNet:
+    """A network in eval mode whose batch norm does something, with logits of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = ResNet(config).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.4, 0.9),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+            ):
+                tensor.data.uniform_(low, high, generator=generator)
+    return network
+
+
+def make_cifar_network(layers, shortcut="average_pool", num_classes=10, seed=0) -> ResNet:
+    """A network that the walk runs, with this many blocks in each of its three segments."""
+    config = ResNetConfig("basic", tuple(layers), (16, 32, 64), "cifar", shortcut, num_classes)
+    return make_network(config, seed)
+
+
+def make_policy(
+    num_blocks: int, images: Tensor | None = None, seed: int = 1, pool: int = 1
+) -> PolicyNetwork:
+    """A policy network; given images, it keeps about half of their blocks."""
+    network = make_cifar_network((1, 1, 1), num_classes=num_blocks, seed=seed)
+    policy = PolicyNetwork(network, pool).eval()
+    if images is not None:
+        keep_half(policy, images)
+    return policy
+
+
+def make_policy_of_logits(logits: Sequence[float]) -> PolicyNetwork:
+    """A policy network that gives these logits to every image."""
+    policy = make_policy(len(logits))
+    with torch.no_grad():
+        policy.network.fc.weight.zero_()
+        policy.network.fc.bias.copy_(torch.tensor(logits))
+    return policy
+
+
+def keep_half(policy: PolicyNetwork, images: Tensor) -> None:
+    """Change the policy so that of an even number of images half keep each block.
+
+    The threshold lies between two images: one right on it would keep or drop by its last bit.
+    """
+    with torch.no_grad():
+        policy.network.fc.bias -= policy.logits(images.float()).quantile(0.5, 0)
+
+
+def make_model(config: ResNetConfig = CIFAR, seed: int = 0) -> tuple[BlockDrop, Tensor]:
+    """A BlockDrop model and images that it keeps about half of its blocks for."""
+    images = make_images(config, IMAGES, seed)
+    backbone = make_network(config, seed)
+    return BlockDrop(backbone, make_policy(backbone.num_blocks, images)), images
+
+
+def make_images(
+    config: ResNetConfig, count: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Small images for a network, wider than high."""
+    size = (24, 32) if config.stem == "imagenet" else (8, 12)
+    return random_images(count, dtype, size, seed)
+
+
+def random_images(
+    count: int,
+    dtype: torch.dtype = torch.bfloat16,
+    size: int | tuple[int, int] = 32,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Tensor:
+    """Normalized images; a single ``size`` is height and width."""
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, height, width, generator=generator).to(device, dtype)
+
+
+def random_decisions(generator: torch.Generator, *shape: int) -> Tensor:
+    """Decisions with every block usage from none to all."""
+    usage = torch.rand(*shape[:-1], 1, generator=generator) * 1.4 - 0.2
+    return torch.rand(*shape, generator=generator) < usage
+
+
+def make_decisions(kind: str, count: int, num_blocks: int, seed: int = 0) -> Tensor:
+    """Decisions: all kept, all dropped, of one image only, or random."""
+    if kind == "one image":
+        decisions = torch.zeros(count, num_blocks, dtype=torch.bool)
+        decisions[seed % count] = True
+        return decisions
+    if kind == "random":
+        return random_decisions(torch.Generator().manual_seed(seed), count, num_blocks)
+    return torch.full((count, num_blocks), kind == "all kept")
