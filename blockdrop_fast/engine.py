@@ -105,7 +105,7 @@ class Engine:
             if isinstance(self._executor, Walk):
                 walk, _ = _find_walk(policy)
                 self._policy = DenseExecutor(policy) if walk is None else walk
-                self._decides_itself = self._policy_pool == 1 and _accepts(self._executor, policy)
+                self._decides_itself = self._executor.set_policy(policy, self._policy_pool)
             else:
                 self._policy = DenseExecutor(policy)
             if isinstance(self._executor, GraphGatherExecutor):
@@ -170,8 +170,7 @@ class Engine:
         decides_itself = self._decides_itself and images.shape[0] > 0
         if decides_itself and self._executor_for(images.shape[0]) is self._executor:
             self._check_policy_size(images)
-            logits, decisions, *_ = self._executor.run_policy(images)
-            return Output(logits, decisions)
+            return Output(*self._executor.run_policy(images))
         decisions = self._decide(images)
         return Output(self._execute(images, decisions), decisions)
 
@@ -358,15 +357,6 @@ def _find_walk(network: FoldedNetwork) -> tuple[Walk | None, str]:
     if isinstance(executor, WalkHalfExecutor):
         return executor, "one kernel launch a batch; images of other sizes than 32x32 run by gather"
     return executor, "the fastest for this network on a CPU"
-
-
-def _accepts(executor: Walk, policy: FoldedNetwork) -> bool:
-    """Whether the walk can run this policy network itself, in one call with the backbone."""
-    try:
-        executor.set_policy(policy)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def compile(

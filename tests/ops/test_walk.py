@@ -51,8 +51,15 @@ def isa(request, monkeypatch):
 
 
 def make_executor(network, policy=None) -> WalkExecutor:
-    fold = (fold_network(one, torch.float32) for one in (network, policy and policy.network) if one)
-    return WalkExecutor(*fold)
+    executor = WalkExecutor(fold_network(network, torch.float32))
+    if policy is not None:
+        assert executor.set_policy(fold_network(policy.network, torch.float32), 1)
+    return executor
+
+
+def run_policy(executor, images):
+    """What the executor runs, with the policy logits."""
+    return walk_policy(images, *executor._network, *executor._policy)
 
 
 def assert_within_tolerance(logits, network, images, decisions):
@@ -163,7 +170,7 @@ def test_policy_decides(isa, threads, batch):
     images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     policy = make_policy(6, images)
     executor = make_executor(network, policy)
-    logits, decisions, policy_logits = executor.run_policy(images[:batch])
+    logits, decisions, policy_logits = run_policy(executor, images[:batch])
     assert torch.equal(decisions, policy_logits >= 0)
     assert torch.equal(logits, executor.run(images[:batch], decisions))
     if batch == 64:
@@ -195,11 +202,11 @@ def test_every_element_is_written(isa, threads):
     executor = make_executor(network, make_policy(5))
     images = torch.randn(5, 3, 12, 20, generator=generator)
     decisions = random_decisions(generator, 2, 5, 5)
-    expected = (executor.run(images, decisions), *executor.run_policy(images))
+    expected = (executor.run(images, decisions), *run_policy(executor, images))
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(64).isnan().all()
-        poisoned = (executor.run(images, decisions), *executor.run_policy(images))
+        poisoned = (executor.run(images, decisions), *run_policy(executor, images))
     finally:
         torch.use_deterministic_algorithms(False)
     for result, one in zip(poisoned, expected, strict=True):
@@ -211,7 +218,7 @@ def test_empty_batch(sets):
     executor = make_executor(make_network((1, 1, 1)), make_policy(3))
     logits = executor.run(torch.empty(0, 3, 8, 8), torch.empty(*sets, 0, 3, dtype=torch.bool))
     assert logits.shape == (*sets, 0, 10)
-    logits, decisions, policy_logits = executor.run_policy(torch.empty(0, 3, 8, 8))
+    logits, decisions, policy_logits = run_policy(executor, torch.empty(0, 3, 8, 8))
     assert logits.shape == (0, 10)
     assert decisions.shape == policy_logits.shape == (0, 3)
     assert decisions.dtype == torch.bool
@@ -281,9 +288,7 @@ def test_reference_agrees_with_the_network():
     images = torch.randn(4, 3, 8, 12, generator=generator).double()
     decisions = random_decisions(generator, 2, 4, 5)
     folded = fold_network(network, torch.float64)
-    from blockdrop_fast.executors.walk import _pack
-
-    logits = walk_reference(images, decisions, _pack(folded), (2, 1, 2), 5, True)
+    logits = walk_reference(images, decisions, WalkExecutor.pack(folded), (2, 1, 2), 5, True)
     with torch.no_grad():
         expected = torch.stack([network(images, one) for one in decisions])
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
@@ -340,10 +345,28 @@ def test_unsupported_networks():
         WalkExecutor(folded(ResNet(projection)))
     with pytest.raises(TypeError, match=r"torch.float32 only, got torch.float64"):
         WalkExecutor(folded(small, torch.float64))
-    with pytest.raises(ValueError, match="policy: decides on 4 blocks, but the network has 3"):
-        WalkExecutor(folded(small), folded(policy_resnet8(4).network))
-    subsampling = resnet_cifar(8, 3, "subsample")
-    with pytest.raises(ValueError, match="policy: expected shortcut 'average_pool'"):
-        WalkExecutor(folded(small), folded(subsampling))
     with pytest.raises(RuntimeError, match="without a policy network"):
         WalkExecutor(folded(small)).run_policy(torch.zeros(1, 3, 8, 8))
+
+
+def test_executor_takes_a_policy_that_the_walk_serves():
+    def folded(network, dtype=torch.float32):
+        return fold_network(network, dtype)
+
+    executor = WalkExecutor(folded(resnet_cifar(8)))
+    assert (executor.strategy, executor.logits_dtype) == ("walk", torch.float32)
+    policy, images = folded(policy_resnet8(3).network), torch.zeros(1, 3, 8, 8)
+    wide = ResNetConfig("basic", (1, 1, 1), (32, 64, 128), "cifar", "average_pool", 3)
+    for other, pool in (
+        (policy, 2),
+        (folded(policy_resnet8(4).network), 1),
+        (folded(resnet_cifar(8, 3, "subsample")), 1),
+        (folded(ResNet(wide)), 1),
+        (folded(policy_resnet8(3).network, torch.float64), 1),
+    ):
+        assert executor.set_policy(policy, 1)
+        logits, decisions = executor.run_policy(images)
+        assert torch.equal(logits, executor.run(images, decisions))
+        assert not executor.set_policy(other, pool)
+        with pytest.raises(RuntimeError, match="without a policy network"):
+            executor.run_policy(images)

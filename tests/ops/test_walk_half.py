@@ -159,8 +159,10 @@ def sm90(simulators) -> Simulator:
 
 
 def make_executor(network: ResNet, dtype, policy=None) -> WalkHalfExecutor:
-    fold = (fold_network(one, dtype) for one in (network, policy and policy.network) if one)
-    return WalkHalfExecutor(*fold)
+    executor = WalkHalfExecutor(fold_network(network, dtype))
+    if policy is not None:
+        assert executor.set_policy(fold_network(policy.network, dtype), 1)
+    return executor
 
 
 @functools.cache
@@ -385,9 +387,11 @@ def test_reference_within_tolerance(dtype, shortcut):
 def test_executor_runs_policy_and_sets():
     network, policy = make_network((1, 1, 1)), make_policy(3)
     executor = make_executor(network, torch.bfloat16, policy)
+    deciding, everything = make_executor(policy.network, torch.bfloat16), torch.ones(4, 3) > 0
     for size in (32, 16):  # other sizes than 32x32 run without the walk
         images = make_images(4)[..., :size, :size]
-        logits, decisions, policy_logits = executor.run_policy(images)
+        logits, decisions = executor.run_policy(images)
+        policy_logits = deciding.run(images, everything)
         assert torch.equal(decisions, policy_logits >= 0)
         assert torch.equal(logits, executor.run(images, decisions))
         sets = torch.stack([decisions, ~decisions])
