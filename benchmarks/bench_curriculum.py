@@ -17,6 +17,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -26,9 +27,11 @@ import blockdrop_fast as bdf
 from blockdrop_fast.commands.benchmark import make_workload
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.baselines import masked_forward
+from train.config import Curriculum
+from train.reward import curriculum_step, forced_blocks
 
 EPOCH_IMAGES = 50_000
-ALPHA, ENTROPY, PENALTY, LEARNING_RATE = 0.8, 0.1, 1.0, 1e-3  # the authors' commands
+CONFIG = Curriculum(lr=1e-3)  # the paper's one sample an image, the authors' commands
 BATCH, QUICK_BATCH = 512, 128
 KEPT_LATE = 11
 PROCEDURES = ("authors", "ours")
@@ -52,37 +55,22 @@ def make_trainer(policy: bdf.PolicyNetwork) -> Trainer:
     """A trainer on its own copy of the policy network."""
     policy = copy.deepcopy(policy).requires_grad_(True).train()
     policy = policy.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=CONFIG.lr)
     return Trainer(policy, optimizer, torch.Generator().manual_seed(0))
 
 
 def step(trainer: Trainer, images: Tensor, labels: Tensor, forced: int, logits: Logits) -> None:
-    """One step of Algorithm 1, lines 5 to 12, in its paper form (one sample an image).
+    """A step from images to new weights.
 
     Args:
         logits: (images, (2, B, K) decisions) -> (2, B, num_classes), without gradient.
     """
-    from train.reward import (
-        advantages,
-        bounded,
-        entropy_bonus,
-        policy_gradient_loss,
-        reward,
-        sample,
-    )
-
     probabilities = trainer.policy(images)
-    thresholded = bdf.decide(probabilities)
-    thresholded[:, :forced] = True
-    exploring = bounded(probabilities, ALPHA)
-    sampled = sample(exploring, 1, forced, trainer.generator)
-    decisions = torch.cat([thresholded[None], sampled])
-    rewards = reward(logits(images, decisions).argmax(-1) == labels, decisions, PENALTY)
-    advantage = advantages(rewards[1:], rewards[0], "self_critical")
-    loss = policy_gradient_loss(exploring, sampled, advantage, forced)
-    loss = (loss - ENTROPY * entropy_bonus(exploring)) / len(images)
+    done = curriculum_step(
+        probabilities, labels, CONFIG, forced, trainer.generator, partial(logits, images)
+    )
     trainer.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    done.loss.backward()
     trainer.optimizer.step()
 
 
@@ -98,8 +86,6 @@ def authors_passes(backbone: bdf.ResNet) -> Logits:
 
 def measure_position(position: str, batch: int, rounds: int) -> dict[str, list[float]]:
     """Seconds a step of each procedure, interleaved, after the logits of both were checked."""
-    from train.reward import forced_blocks
-
     workload = make_workload("resnet32", batch)
     backbone, policy, images = workload.model.backbone, workload.model.policy, workload.images
     if position == "trained":

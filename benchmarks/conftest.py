@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdrop_fast.machine import machine_info
+import blockdrop_fast.machine
 
 # For `train`, which is not installed. Appended, so that an installed blockdrop_fast stays first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -56,7 +56,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info["blockdrop_fast"] = machine_info()
+    machine_info["blockdrop_fast"] = blockdrop_fast.machine.machine_info()
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +90,7 @@ def once() -> Callable:
 @pytest.fixture(scope="session")
 def machine() -> dict:
     """The machine as it was when the benchmarks started."""
-    return machine_info()
+    return blockdrop_fast.machine.machine_info()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ Field comments are the command line's help texts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -189,8 +189,20 @@ STAGES = {
     "demo": Demo,
 }
 
-# What two CPU cores can finish for ResNet-32 in an evening; the field defaults are the paper's.
-QUICK = {
+# The field defaults: the paper's values for CIFAR.
+PAPER = {stage: config() for stage, config in STAGES.items()}
+
+# The paper's ImageNet values: its implementation details. The paper starts from a pretrained
+# ResNet-101 (any file that ``load_backbone`` reads serves as ``--backbone`` of the curriculum);
+# ``pretrain`` is for those who have none.
+R101 = PAPER | {
+    "pretrain": Pretrain(arch="resnet101", epochs=90, batch_size=256),
+    "curriculum": Curriculum(epochs=45),
+    "finetune": Finetune(epochs=10, batch_size=320, lr=1e-5, schedule="constant"),
+}
+
+# What two CPU cores can finish for ResNet-32 in an evening.
+QUICK = PAPER | {
     "pretrain": Pretrain(epochs=4, lr=0.05),
     "curriculum": Curriculum(
         epochs=24, batch_size=256, lr=1e-3, samples=3, baseline="leave_one_out"
@@ -205,26 +217,6 @@ QUICK = {
         penalty=2.0,
         bn="active",
     ),
-    "heuristics": Heuristics(),
-    "demo": Demo(),
 }
 
-PRESETS = {"paper": {stage: config() for stage, config in STAGES.items()}, "quick": QUICK}
-
-
-def recipe(name: str) -> dict[str, Common]:
-    """The paper's ImageNet values for each stage ("R101"): its implementation details.
-
-    The paper starts from a pretrained ResNet-101 (any file that ``load_backbone`` reads serves as
-    ``--backbone`` of the curriculum); ``pretrain`` is for those who have none.
-    """
-    if name != "R101":
-        raise ValueError(f"recipe: expected 'R101', got {name!r}")
-    paper = PRESETS["paper"]
-    return paper | {
-        "pretrain": replace(paper["pretrain"], arch="resnet101", epochs=90, batch_size=256),
-        "curriculum": replace(paper["curriculum"], epochs=45),
-        "finetune": replace(
-            paper["finetune"], epochs=10, batch_size=320, lr=1e-5, schedule="constant"
-        ),
-    }
+PRESETS = {"paper": PAPER, "quick": QUICK, "R101": R101}

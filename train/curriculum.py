@@ -1,6 +1,15 @@
-"""Stage 2: curriculum learning of the policy network on a frozen backbone."""
+"""Stage 2: curriculum learning of the policy network on a frozen backbone.
+
+    python -m train curriculum --preset quick --data DIR --backbone model.safetensors --epochs 26
+
+ResNet-32, CIFAR-10 (JPEG), two CPU cores (docs/results/cifar10-jpeg.md): 78.08 % at 12.71 ± 1.87
+of 15 blocks after 19 epochs, 22 minutes of training steps. With all blocks the
+backbone has 88.68 %.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 
@@ -18,15 +27,7 @@ from train.loop import (
     prepare,
     sampling_generator,
 )
-from train.reward import (
-    advantages,
-    bounded,
-    entropy_bonus,
-    forced_blocks,
-    policy_gradient_loss,
-    reward,
-    sample,
-)
+from train.reward import curriculum_step, forced_blocks
 
 
 def curriculum(config: Curriculum) -> None:
@@ -54,29 +55,14 @@ def curriculum(config: Curriculum) -> None:
             with autocast(config, device):
                 logits = model.policy.logits(images)
             probabilities = logits.float().sigmoid()
-            thresholded = bdf.decide(probabilities)
-            thresholded[:, :forced] = True
-            exploring = bounded(probabilities, config.alpha)
-            sampled = sample(exploring, config.samples, forced, generator)
-            decisions = torch.cat([thresholded[None], sampled])
-            correct = engine.run_sets(images.to(engine.dtype), decisions).argmax(-1) == labels
-            rewards = reward(correct, decisions, config.penalty)
-            advantage = advantages(rewards[1:], rewards[0], config.baseline)
-            loss = policy_gradient_loss(exploring, sampled, advantage, forced)
-            loss = (loss - config.entropy * entropy_bonus(exploring)) / len(images)
-            run.check_finite(loss, epoch=epoch, reward=rewards.mean().item())
+            rewarded = partial(engine.run_sets, images.to(engine.dtype))
+            step = curriculum_step(probabilities, labels, config, forced, generator, rewarded)
+            run.check_finite(step.loss, epoch=epoch, reward=step.rewards.mean().item())
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            step.loss.backward()
             optimizer.step()
-            means.add(
-                len(images),
-                accuracy=correct[1:].float().mean(),
-                reward=rewards[1:].mean(),
-                thresholded_accuracy=correct[0].float().mean(),
-                thresholded_reward=rewards[0].mean(),
-                thresholded_sparsity=thresholded.sum(1).float().mean(),
-            )
-            statistics.add(sampled)
+            means.add_policy(step.decisions, step.correct, step.rewards)
+            statistics.add(step.decisions[1:])
             if run.step % 20 == 0:
                 run.show(**means.items())
         metrics = {f"train_{name}": value for name, value in means.items().items()}

@@ -1,4 +1,9 @@
-"""``python -m train demo``: a small BlockDrop end to end on handwritten digits, and its clock."""
+"""A small BlockDrop end to end on handwritten digits, and its clock.
+
+    python -m train demo
+
+On two CPU cores under four minutes from a fresh clone, environment and build included.
+"""
 
 from __future__ import annotations
 

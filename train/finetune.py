@@ -1,4 +1,10 @@
-"""Stage 3: joint finetuning of backbone and policy network."""
+"""Stage 3: joint finetuning of backbone and policy network.
+
+    python -m train finetune --preset quick --data DIR --model model.safetensors
+
+ResNet-32, CIFAR-10 (JPEG), two CPU cores, in five parts whose options docs/results/cifar10-jpeg.md
+lists: 87.84 % at 8.32 ± 0.47 of 15 blocks after 18 epochs, 68 minutes of training steps.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +26,7 @@ from train.loop import (
     prepare,
     sampling_generator,
 )
-from train.reward import advantages, bounded, policy_gradient_loss, reward, sample
+from train.reward import advantages, explore, policy_gradient_loss, reward
 
 
 def finetune(config: Finetune) -> None:
@@ -43,7 +49,6 @@ def finetune(config: Finetune) -> None:
     ]
     schedulers = [_scheduler(config, optimizer, steps) for optimizer in optimizers]
     run = Run(config, model, optimizers, schedulers)
-    rewards_of = _masked_rewards if config.bn == "all" else _engine_rewards
     dtype = engine_dtype(config, device)
     engine = bdf.compile(model, dtype=dtype)
     teacher = load_teacher(config.teacher, model, device, dtype)
@@ -56,12 +61,11 @@ def finetune(config: Finetune) -> None:
         for images, labels in run.batches(dataset.train, epoch, config.batch_size):
             with autocast(config, device):
                 probabilities = model.policy.logits(images).float().sigmoid()
-                exploring = bounded(probabilities, config.alpha)
-                sampled = sample(exploring, config.samples, 0, generator)
-                decisions = torch.cat([bdf.decide(probabilities)[None], sampled])
-                if config.bn != "all":
-                    engine.refresh()
-                logits, correct = rewards_of(model, engine, images, labels, decisions)
+                exploring, decisions = explore(probabilities, config, 0, generator)
+                if config.bn == "all":
+                    logits, correct = _masked_rewards(model.backbone, images, labels, decisions)
+                else:
+                    logits, correct = _engine_rewards(engine, images, labels, decisions)
                 classification = F.cross_entropy(logits, labels)
                 if teacher is not None:
                     classification = classification + config.distill * distillation_loss(
@@ -69,7 +73,7 @@ def finetune(config: Finetune) -> None:
                     )
             rewards = reward(correct, decisions, config.penalty)
             advantage = advantages(rewards[1:], rewards[0], config.baseline)
-            loss = policy_gradient_loss(exploring, sampled, advantage, 0) + classification
+            loss = policy_gradient_loss(exploring, decisions[1:], advantage, 0) + classification
             run.check_finite(
                 loss,
                 epoch=epoch,
@@ -82,16 +86,8 @@ def finetune(config: Finetune) -> None:
             for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
                 optimizer.step()
                 scheduler.step()
-            means.add(
-                len(images),
-                cross_entropy=classification,
-                accuracy=correct[1:].float().mean(),
-                reward=rewards[1:].mean(),
-                thresholded_accuracy=correct[0].float().mean(),
-                thresholded_reward=rewards[0].mean(),
-                thresholded_sparsity=decisions[0].sum(1).float().mean(),
-            )
-            statistics.add(sampled)
+            means.add_policy(decisions, correct, rewards, cross_entropy=classification)
+            statistics.add(decisions[1:])
             if run.step % 20 == 0:
                 run.show(**means.items())
         metrics = {f"train_{name}": value for name, value in means.items().items()}
@@ -107,21 +103,22 @@ def finetune(config: Finetune) -> None:
 
 
 def _masked_rewards(
-    model: bdf.BlockDrop, engine: bdf.Engine, images: Tensor, labels: Tensor, decisions: Tensor
+    backbone: bdf.ResNet, images: Tensor, labels: Tensor, decisions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The authors' two passes: (B, C) logits of the sampled one, (2, B) correct."""
     with torch.no_grad():
-        thresholded = model.backbone(images, decisions[0]).argmax(1) == labels
-    logits = model.backbone(images, decisions[1])
+        thresholded = backbone(images, decisions[0]).argmax(1) == labels
+    logits = backbone(images, decisions[1])
     return logits, torch.stack([thresholded, logits.argmax(1) == labels])
 
 
 def _engine_rewards(
-    model: bdf.BlockDrop, engine: bdf.Engine, images: Tensor, labels: Tensor, decisions: Tensor
+    engine: bdf.Engine, images: Tensor, labels: Tensor, decisions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A gradient pass of the first sample, on active images: (B, C) logits; (1+S, B) correct."""
+    engine.refresh()
     correct = engine.run_sets(images.to(engine.dtype), decisions).argmax(-1) == labels
-    return model.backbone(images, decisions[1], active_only=True), correct
+    return engine.backbone(images, decisions[1], active_only=True), correct
 
 
 def freeze_batch_norm(network: nn.Module) -> None:

@@ -1,4 +1,10 @@
-"""FirstK, RandomK and DistributeK on a backbone as it is (BlockDrop section 4.2)."""
+"""FirstK, RandomK and DistributeK on a backbone as it is (BlockDrop section 4.2).
+
+    python -m train heuristics --data DIR --model model.safetensors
+
+ResNet-32, CIFAR-10 (JPEG), 11 of 15 blocks (docs/results/cifar10-jpeg.md): FirstK 23.29 %, RandomK
+12.36 % (28.07 % with a set for each image), DistributeK 46.80 %; the policy has 66.53 %.
+"""
 
 from __future__ import annotations
 

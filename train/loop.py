@@ -208,6 +208,23 @@ class Means:
             self._sums[name] = self._sums[name] + term if name in self._sums else term
         self._weight += weight
 
+    def add_policy(
+        self, decisions: Tensor, correct: Tensor, rewards: Tensor, **values: Tensor
+    ) -> None:
+        """Add how good a batch's decisions are, and other means over its images.
+
+        Args: see ``train.reward.Step``.
+        """
+        self.add(
+            correct.shape[1],
+            **values,
+            accuracy=correct[1:].float().mean(),
+            reward=rewards[1:].mean(),
+            thresholded_accuracy=correct[0].float().mean(),
+            thresholded_reward=rewards[0].mean(),
+            thresholded_sparsity=decisions[0].sum(1).float().mean(),
+        )
+
     def items(self) -> dict[str, float]:
         """The means so far."""
         return {name: float(total) / self._weight for name, total in self._sums.items()}

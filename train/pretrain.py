@@ -1,4 +1,11 @@
-"""Stage 1: train a backbone on all its blocks."""
+"""Stage 1: train a backbone on all its blocks, or make it bear dropping.
+
+    python -m train pretrain --data DIR --init resnet32-d509ac18.th --epochs 3 --lr 0.02
+    python -m train pretrain --data DIR --init model.safetensors --droppable
+
+The first on ResNet-32, CIFAR-10 (JPEG), two CPU cores (docs/results/cifar10-jpeg.md): from the
+published network's 82.56 % to 88.68 %, 11 minutes of training steps.
+"""
 
 from __future__ import annotations
 

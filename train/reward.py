@@ -1,9 +1,15 @@
-"""Reward, advantage and policy-gradient loss (BlockDrop section 3.3)."""
+"""Reward, advantage and policy-gradient loss (BlockDrop section 3.3), and the step they make."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+import blockdrop_fast as bdf
+from train.config import Curriculum, Policy
 
 
 def reward(correct: Tensor, decisions: Tensor, penalty: float) -> Tensor:
@@ -90,3 +96,64 @@ def policy_gradient_loss(
 def entropy_bonus(probabilities: Tensor) -> Tensor:
     """Sum of -s' log s' over images and all blocks, also forced ones (the authors' code)."""
     return -(probabilities * probabilities.log()).sum()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of policy training tried, and what came of it.
+
+    Attributes:
+        decisions: (1 + S, B, K) bool: thresholded, then the samples.
+        correct: (1 + S, B) bool, whether the prediction at them is right.
+        rewards: (1 + S, B).
+        loss: scalar, with gradient to the policy network.
+    """
+
+    decisions: Tensor
+    correct: Tensor
+    rewards: Tensor
+    loss: Tensor
+
+
+def explore(
+    probabilities: Tensor, config: Policy, forced: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What to sample from, and the decisions to try.
+
+    Args:
+        probabilities: (B, K), s.
+        forced: so many first blocks are on.
+
+    Returns:
+        (B, K) s', with gradient, and (1 + S, B, K) bool: thresholded, then the samples.
+    """
+    thresholded = bdf.decide(probabilities)
+    thresholded[:, :forced] = True
+    exploring = bounded(probabilities, config.alpha)
+    sampled = sample(exploring, config.samples, forced, generator)
+    return exploring, torch.cat([thresholded[None], sampled])
+
+
+def curriculum_step(
+    probabilities: Tensor,
+    labels: Tensor,
+    config: Curriculum,
+    forced: int,
+    generator: torch.Generator,
+    logits: Callable[[Tensor], Tensor],
+) -> Step:
+    """A step's decisions, rewards and loss (Algorithm 1, lines 5 to 12).
+
+    Args:
+        probabilities: (B, K), the policy network's, with gradient.
+        labels: (B,) int64.
+        forced: so many first blocks are on.
+        logits: (1 + S, B, K) decisions -> (1 + S, B, C), without gradient.
+    """
+    exploring, decisions = explore(probabilities, config, forced, generator)
+    correct = logits(decisions).argmax(-1) == labels
+    rewards = reward(correct, decisions, config.penalty)
+    advantage = advantages(rewards[1:], rewards[0], config.baseline)
+    loss = policy_gradient_loss(exploring, decisions[1:], advantage, forced)
+    loss = (loss - config.entropy * entropy_bonus(exploring)) / len(labels)
+    return Step(decisions, correct, rewards, loss)

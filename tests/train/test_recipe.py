@@ -19,7 +19,7 @@ from blockdrop_fast.data.image_files import image_folder_loader
 from blockdrop_fast.data.image_sets import IMAGENET_NORMALIZATION, ImageFolder
 from tests.networks.state_dicts import torchvision_keys
 from train import __main__ as command_line
-from train.config import recipe
+from train.config import PRESETS
 from train.curriculum import curriculum
 from train.finetune import finetune
 from train.loop import Run
@@ -186,8 +186,8 @@ def test_a_complete_run_resumes_to_its_end_and_is_not_overwritten(stages, tree):
 
 def test_recipe_has_the_paper_s_values():
     """BlockDrop, implementation details (section 4.1) and supplementary material."""
-    first, second = recipe("R101")["curriculum"], recipe("R101")["finetune"]
-    assert recipe("R101")["pretrain"].arch == "resnet101"
+    first, second = PRESETS["R101"]["curriculum"], PRESETS["R101"]["finetune"]
+    assert PRESETS["R101"]["pretrain"].arch == "resnet101"
     assert (first.lr, first.batch_size, first.epochs, first.alpha) == (1e-4, 2048, 45, 0.8)
     assert (first.penalty, first.entropy, first.blocks_per_epoch) == (1, 0.1, 1)
     assert (second.lr, second.batch_size, second.epochs, second.alpha) == (1e-5, 320, 10, 0.8)
@@ -197,8 +197,6 @@ def test_recipe_has_the_paper_s_values():
     assert second.schedule == "constant"
     assert first.samples == 1
     assert first.baseline == second.baseline == "self_critical"
-    with pytest.raises(ValueError, match="recipe: expected 'R101'"):
-        recipe("R50")
 
 
 @pytest.fixture
@@ -209,7 +207,7 @@ def small(tree, tmp_path):
     backbone.normalization = IMAGENET_NORMALIZATION
     bdf.save(backbone, tmp_path / "backbone.safetensors")
     return replace(
-        recipe("R101")["curriculum"],
+        PRESETS["R101"]["curriculum"],
         backbone=tmp_path / "backbone.safetensors",
         data=tree,
         out=tmp_path / "whole",
@@ -234,7 +232,7 @@ def test_a_run_cut_off_in_an_epoch_continues_to_the_same_result(
         same = {name: getattr(small, name) for name in same}
         run = finetune
         config = replace(
-            recipe("R101")["finetune"], model=tmp_path / "model.safetensors", lr=1e-3, **same
+            PRESETS["R101"]["finetune"], model=tmp_path / "model.safetensors", lr=1e-3, **same
         )
     run(config)
     cut_off = replace(config, out=tmp_path / "cut off")
