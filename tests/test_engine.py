@@ -86,6 +86,7 @@ def test_cifar_networks(strategy, n, shortcut, classes, batch, kind, seed):
     check(engine, in_batches(engine, images, decisions, batch), images, decisions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["gather", "dense"])
 @pytest.mark.parametrize("name", CUSTOM)
 @settings(max_examples=4, deadline=None)
@@ -108,6 +109,7 @@ def test_dtypes(strategy, dtype, config):
     check(engine, in_batches(engine, images, decisions, 16), images, decisions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @settings(max_examples=10, deadline=None)
 @given(sets=st.integers(1, 4), data=st.data(), seed=st.integers(0, 2**31))
@@ -322,6 +324,7 @@ def test_engine_is_a_snapshot_until_refreshed(strategy, dtype):
     check(engine, new.logits, images, new.decisions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_arguments_of_any_strides_are_not_modified(strategy):
     model, images = make_model()

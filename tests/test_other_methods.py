@@ -40,6 +40,7 @@ def page():
     return names
 
 
+@pytest.mark.slow
 def test_every_run_is_the_reference_s(page):
     shapes = [tuple(decisions.shape) for _, _, *given, _ in page["runs"] for decisions in given]
     assert len(page["runs"]) == 7

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 # What setup.py is run on; the build writes next to it, so tests work on a copy.
 BUILD_INPUTS = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE")

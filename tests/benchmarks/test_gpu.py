@@ -46,6 +46,7 @@ def run(folder: Path, **more: str) -> tuple[int, dict, str]:
     return status, json.loads((folder / "gpu.json").read_text()), (folder / "gpu.txt").read_text()
 
 
+@pytest.mark.slow
 def test_rehearsal(tmp_path, no_compiler, capsys):
     status, content, text = run(tmp_path, BLOCKDROP_GPU_BENCH_SECONDS="1000")
     assert status == 0
@@ -200,6 +201,7 @@ def test_requirements_say_met_missed_or_why_not():
     assert says("not measured", "walk, waits in a call", "broken")
 
 
+@pytest.mark.slow
 def test_needs_nothing_but_what_a_bare_machine_has():
     """The command line's parser, for one, is not installed there."""
     code = (
@@ -214,6 +216,7 @@ def test_needs_nothing_but_what_a_bare_machine_has():
     assert "gpu-bench: torch finds no GPU here" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["gpu-build", "gpu-check", "gpu-bench"])
 def test_scripts_say_that_there_is_no_gpu(script):
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}

@@ -68,6 +68,7 @@ def test_arch_runs_on(arch, capability, expected):
     assert arch_runs_on(arch, capability) is expected
 
 
+@pytest.mark.slow
 def test_missing_extension_is_explained_and_survived():
     # None in sys.modules makes Python treat the module as absent.
     result = run_python(

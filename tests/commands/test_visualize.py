@@ -63,6 +63,7 @@ def test_writes_a_picture(checkpoint, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "start"), [("pdf", b"%PDF"), ("svg", b"<?xml")])
 def test_other_formats(suffix, start, tmp_path, checkpoint):
     out = tmp_path / f"figure.{suffix}"
@@ -70,6 +71,7 @@ def test_other_formats(suffix, start, tmp_path, checkpoint):
     assert out.read_bytes().startswith(start)
 
 
+@pytest.mark.slow
 def test_needs_no_display(checkpoint, tmp_path):
     """In a process of its own, whose backend would need a display."""
     environment = os.environ | {"MPLBACKEND": "TkAgg"}

@@ -26,9 +26,13 @@ ROOT = Path(__file__).parents[2]
 GRAPHS = ROOT / "tests" / "graphs"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 
-needs_compiler = pytest.mark.skipif(
+no_compiler = pytest.mark.skipif(
     shutil.which(CXX[0]) is None, reason=f"there is no C++ compiler {CXX[0]}"
 )
+
+
+def needs_compiler(test):
+    return pytest.mark.slow(no_compiler(test))
 
 
 def build(folder: Path, cuda_version: int) -> Path:

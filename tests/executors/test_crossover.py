@@ -171,6 +171,7 @@ def subject() -> calibration.Subject:
     return benchmark.calibration_subject(workload)
 
 
+@pytest.mark.slow
 def test_calibrate_measures_every_cell(subject):
     lines = []
     cells = calibration.calibrate(
@@ -230,6 +231,7 @@ def test_verdict_names_the_worst_cell():
     assert "1.050 of its time (batch 8, keep rate 1.000)" in calibration.verdict(cells)
 
 
+@pytest.mark.slow
 def test_command_remembers_what_it_measures(cache, tmp_path, capsys):
     torch.manual_seed(0)
     model = bdf.BlockDrop(bdf.resnet_cifar(8), bdf.policy_resnet8(3)).eval()

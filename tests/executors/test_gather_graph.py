@@ -39,6 +39,7 @@ def make_executor(config=BOTTLENECK, dtype=torch.float32, **options):
     return network, GraphGatherExecutor(fold_network(network, dtype), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar", *CUSTOM])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("launch", ["counts", "conditional"])

@@ -439,6 +439,7 @@ def test_machine_info_names_the_machine():
     json.dumps(info)
 
 
+@pytest.mark.slow
 def test_command_on_a_checkpoint(workload, tmp_path, capsys):
     torch.manual_seed(0)
     path = tmp_path / "small.safetensors"
@@ -471,6 +472,7 @@ def test_command_refuses_devices_that_are_not_here(monkeypatch):
         benchmark.command("resnet32", device="cuda")
 
 
+@pytest.mark.slow
 def test_command_line_knows_the_options(workload, tmp_path, capsys):
     path = tmp_path / "small.safetensors"
     bdf.save(workload.model, path)

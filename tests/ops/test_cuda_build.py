@@ -30,7 +30,10 @@ COMPILED = re.compile(
     re.DOTALL,
 )
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="there is no nvcc here"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -190,12 +190,14 @@ def interpreted(tmp_path_factory) -> dict[str, str]:
     return json.loads(results.read_text())
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", case_names())
 def test_kernel_in_interpreter(interpreted, name):
     assert interpreted[name] == ""
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_case_has_a_test(interpreted):
     assert set(interpreted) == set(case_names())
@@ -209,6 +211,7 @@ def test_why_there_are_no_kernels(monkeypatch):
         assert kernels.why_not() == "torch sees no CUDA device"
 
 
+@pytest.mark.slow
 def test_package_works_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"

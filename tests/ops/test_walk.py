@@ -73,6 +73,7 @@ def assert_within_tolerance(logits, network, images, decisions):
     assert error <= limit, f"error {error:.3g}, limit {limit:.3g}"
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     layers=st.tuples(*[st.integers(1, 3)] * 3),
@@ -98,6 +99,7 @@ def test_same_logits_as_float64(
     assert_within_tolerance(logits, network, images, decisions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shortcut", ["average_pool", "subsample"])
 @pytest.mark.parametrize("keep", ["random", "all", "none"])
 def test_every_instruction_set(isa, shortcut, keep):
@@ -111,6 +113,7 @@ def test_every_instruction_set(isa, shortcut, keep):
     assert_within_tolerance(logits, network, images, decisions)
 
 
+@pytest.mark.slow
 def test_deep_network(isa):
     network = make_network((18, 18, 18))
     generator = torch.Generator().manual_seed(0)
@@ -162,6 +165,7 @@ def test_sets_equal_one_by_one(num_sets, batch, threads, data):
         assert torch.equal(result, executor.run(images, one))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 2, 64])
 def test_policy_decides(isa, threads, batch):

@@ -49,12 +49,17 @@ CXX = shlex.split(os.environ.get("CXX", "g++"))
 DTYPES = [torch.bfloat16, torch.float16]
 CLUSTERS = 0  # "thread blocks" that stand for a cluster an image, as for small batches
 
-needs_compiler = pytest.mark.skipif(
+no_shim = pytest.mark.skipif(
     shutil.which(CXX[0]) is None or sys.platform != "linux",
     reason=f"the shim needs Linux and a C++ compiler, and there is no {CXX[0]}"
     if shutil.which(CXX[0]) is None
     else "the shim needs Linux",
 )
+
+
+def needs_compiler(test):
+    """For tests of the device code: it takes 15 seconds to compile, and is no quick simulation."""
+    return pytest.mark.slow(no_shim(test))
 
 
 class _Call(ctypes.Structure):
@@ -373,6 +378,7 @@ def test_the_shim_finds_faults(fault, message, tmp_path_factory):
 # ------------------------------------------------------------------ the operators, in Python
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shortcut", ["average_pool", "subsample"])
 def test_reference_within_tolerance(dtype, shortcut):

@@ -67,6 +67,7 @@ def test_shares_are_exact():
     assert nothing.all()
 
 
+@pytest.mark.slow
 def test_trains_what_sets_of_the_chain_need(start, tmp_path):
     pretrain(droppable(start, tmp_path))
     rows = json.loads((tmp_path / "metrics.json").read_text())
@@ -99,6 +100,7 @@ def run(*arguments: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_resume_after_kill_9_keeps_the_chain(start, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(str(start), str(whole), "new").wait(timeout=300) == 0
@@ -118,6 +120,7 @@ def test_resume_after_kill_9_keeps_the_chain(start, tmp_path):
     assert torch.equal(expected["schedulers"][1]["sets"], resumed["schedulers"][1]["sets"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
@@ -133,6 +136,7 @@ def test_bad_options(start, tmp_path, wrong, match):
         pretrain(replace(droppable(start, tmp_path), **wrong))
 
 
+@pytest.mark.slow
 def test_chain_looks_when_due(start):
     backbone = bdf.load_backbone(start)
     batches = [(torch.randn(8, 3, 32, 32), torch.arange(8))]

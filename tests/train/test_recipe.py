@@ -112,6 +112,7 @@ def largest_change(before: dict, after: dict) -> float:
     return max(float((after[key] - value).abs().max()) for key, value in before.items())
 
 
+@pytest.mark.slow
 def test_pretrain_makes_the_recipe_s_network(stages):
     backbone = bdf.load_backbone(stages / "pretrain" / "model.safetensors")
     assert backbone.config.layers == (3, 4, 23, 3)
@@ -122,6 +123,7 @@ def test_pretrain_makes_the_recipe_s_network(stages):
     assert {"train_loss", "train_accuracy", "test_accuracy"} <= row.keys()
 
 
+@pytest.mark.slow
 def test_policy_starts_from_the_resnet18(stages):
     """After one step of Adam at 1e-4 no weight is further than that from where it began."""
     model = bdf.load(stages / "curriculum" / "model.safetensors")
@@ -143,6 +145,7 @@ def test_policy_starts_from_the_resnet18(stages):
     assert 32 <= row["test_sparsity"] <= 33
 
 
+@pytest.mark.slow
 def test_finetuning_steps_at_the_paper_s_rate_in_both_networks(stages):
     before, after = (
         bdf.load(stages / stage / "model.safetensors").state_dict()
@@ -157,6 +160,7 @@ def test_finetuning_steps_at_the_paper_s_rate_in_both_networks(stages):
     )
 
 
+@pytest.mark.slow
 def test_evaluation_agrees_with_the_last_epoch(stages):
     found = json.loads((stages / "evaluation.json").read_text())
     (row,) = metrics(stages / "finetune")
@@ -172,6 +176,7 @@ def test_evaluation_agrees_with_the_last_epoch(stages):
     assert 0 < found["flops"] <= everything
 
 
+@pytest.mark.slow
 def test_a_complete_run_resumes_to_its_end_and_is_not_overwritten(stages, tree):
     again = ("--data", tree, "--limit", 4, "--batch-size", 4, "--out", stages / "finetune")
     again = ("finetune", *R101, *again, "--model", stages / "curriculum" / "model.safetensors")
@@ -220,6 +225,7 @@ def small(tree, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["curriculum", "finetune"])
 def test_a_run_cut_off_in_an_epoch_continues_to_the_same_result(
     stage, small, tmp_path, monkeypatch
@@ -258,6 +264,7 @@ def test_a_run_cut_off_in_an_epoch_continues_to_the_same_result(
         assert torch.equal(value, resumed["model"][key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "text"])
 def test_a_broken_jpeg_ends_the_command_and_is_named(damage, tree, small, tmp_path):
     root = tmp_path / "broken"

@@ -98,6 +98,7 @@ def test_curriculum_goes_on_with_a_policy(with_policy, pretrained, tmp_path):
         curriculum(both)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bn", "samples"), [("all", 1), ("active", 2), ("frozen", 1)])
 def test_finetune_trains_both_networks(with_policy, tmp_path, bn, samples):
     before = bdf.load(with_policy / "model.safetensors").state_dict()
@@ -119,6 +120,7 @@ def test_finetune_trains_both_networks(with_policy, tmp_path, bn, samples):
     assert bool(statistics) == (bn != "frozen")
 
 
+@pytest.mark.slow
 def test_finetune_with_a_teacher(with_policy, pretrained, tmp_path):
     config = Finetune(
         model=with_policy / "model.safetensors", epochs=1, bn="active", out=tmp_path / "one", **FEW
@@ -150,6 +152,7 @@ def test_engines_take_the_precision_of_training_on_a_gpu_only(monkeypatch):
         assert engine_dtype(config, cpu) == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bn", ["all", "active"])
 def test_stages_with_engines_in_bfloat16(pretrained, tmp_path, monkeypatch, bn):
     """What a GPU does, on a CPU: every image reaches an engine in the engine's dtype."""
@@ -225,6 +228,7 @@ def start(stage: str, out: Path, resume: str, backbone: Path) -> subprocess.Pope
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "curriculum"])
 def test_resume_after_kill_9_continues_to_the_same_result(stage, pretrained, tmp_path):
     backbone = pretrained / "model.safetensors"
@@ -287,6 +291,7 @@ def test_missing_or_wrong_options_are_named(stage, config, message, tmp_path):
         stage(replace(config, out=tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_demo_trains_measures_and_draws(tmp_path, capsys):
     config = Demo(
         out=tmp_path,
@@ -323,6 +328,7 @@ def test_presets_cover_every_stage_and_paper_is_the_paper():
     assert paper["curriculum"].alpha == paper["finetune"].alpha == 0.8
 
 
+@pytest.mark.slow
 def test_command_line_lists_stages_and_rejects_unknown_ones():
     def run(*arguments):
         return subprocess.run(

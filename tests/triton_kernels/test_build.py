@@ -21,6 +21,8 @@ from blockdrop_fast.triton_kernels import config as configs  # noqa: E402
 from blockdrop_fast.triton_kernels.config import Problem, default_config  # noqa: E402
 from blockdrop_fast.triton_kernels.gathered_conv import gathered_conv_kernel  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "tf32": "*fp32", "float32": "*fp32"}
 MULTIPROCESSORS = {80: 108, 90: 132}
