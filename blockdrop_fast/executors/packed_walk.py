@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blockdrop_fast.networks.folding import FoldedNetwork
-from blockdrop_fast.ops.walk import WIDTHS
+from blockdrop_fast.ops.walk_network import WIDTHS
 
 
 class PackedWalk(ABC):

@@ -1,5 +1,7 @@
 """Operators: schema, readable reference and shape function of each in one module.
 
+The walks share theirs, but for weights and precision: ``walk_network.py``.
+
 Importing this package also tries to load the compiled kernels. Where there are none, the
 references run instead, and ``blockdrop info`` says why.
 """

@@ -20,25 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockdrop_fast._extension import extension_status
-from blockdrop_fast.ops._library import LIBRARY, REFERENCE
+from blockdrop_fast.ops.walk_network import (
+    WIDTHS,
+    check_length,
+    check_network,
+    conv_shapes,
+    define_walk,
+    run_network,
+    run_policy,
+)
 
-WIDTHS = (16, 32, 64)
 BLOCK_CHANNELS = 32
 CLASS_MULTIPLE = 16
 SIZE_MULTIPLE = 4
 # G of F(2x2, 3x3) in Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 4.1.
 _WINOGRAD_WEIGHTS = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
-
-_NETWORK = "Tensor weights, int[] layers, int num_classes, bool subsample"
-LIBRARY.define(
-    f"walk(Tensor images, Tensor decisions, {_NETWORK}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    f"walk_policy(Tensor images, {_NETWORK}, Tensor policy_weights, int[] policy_layers)"
-    " -> (Tensor logits, Tensor decisions, Tensor policy_logits)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def walk(
@@ -143,72 +139,21 @@ def walk_reference(
     subsample: bool,
 ) -> Tensor:
     """What ``walk`` computes, in PyTorch operations; of any floating-point dtype, on any device."""
-    if decisions.ndim == 3:
-        arguments = (weights, layers, num_classes, subsample)
-        if len(decisions) == 0:
-            return images.new_empty(0, len(images), num_classes)
-        return torch.stack([walk_reference(images, one, *arguments) for one in decisions])
     _check(images, decisions, weights, layers, num_classes)
-    parts = _unpack(weights, layers, num_classes)
-    x = F.relu(F.conv2d(images, *next(parts), padding=1))
-    block = 0
-    for segment, num_blocks in enumerate(layers):
-        for index in range(num_blocks):
-            stride = 2 if segment > 0 and index == 0 else 1
-            shortcut = shape_changing_shortcut(x, subsample) if stride == 2 else x
-            hidden = F.relu(F.conv2d(x, *next(parts), stride=stride, padding=1))
-            kept = F.relu(F.conv2d(hidden, *next(parts), padding=1) + shortcut)
-            x = torch.where(decisions[:, block, None, None, None], kept, shortcut)
-            block += 1
-    return F.linear(x.mean((2, 3)), *next(parts))
-
-
-def walk_policy_reference(
-    images: Tensor,
-    weights: Tensor,
-    layers: Sequence[int],
-    num_classes: int,
-    subsample: bool,
-    policy_weights: Tensor,
-    policy_layers: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``walk_policy`` computes, in PyTorch operations."""
-    keep_all = images.new_ones(len(images), sum(policy_layers), dtype=torch.bool)
-    policy_logits = walk_reference(
-        images, keep_all, policy_weights, policy_layers, sum(layers), False
+    return run_network(
+        images, decisions, list(_unpack(weights, layers, num_classes)), layers, subsample
     )
-    decisions = policy_logits >= 0
-    logits = walk_reference(images, decisions, weights, layers, num_classes, subsample)
-    return logits, decisions, policy_logits
 
 
-def shape_changing_shortcut(x: Tensor, subsample: bool) -> Tensor:
-    """(B, C, H, W) -> (B, 2 C, H / 2, W / 2), of either kind; see ``walk``."""
-    extra = x.shape[1]
-    if subsample:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra // 2, extra // 2))
-    return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, extra))
-
-
-def _shapes(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(C_in, C_out) of the stem and of the blocks' convolutions, in order."""
-    yield 3, WIDTHS[0]
-    yield from residual_shapes(layers)
-
-
-def residual_shapes(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(C_in, C_out) of the blocks' convolutions, in order."""
-    channels = WIDTHS[0]
-    for width, num_blocks in zip(WIDTHS, layers, strict=True):
-        for _ in range(num_blocks):
-            yield channels, width
-            yield width, width
-            channels = width
+def walk_policy_reference(images: Tensor, *networks) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``walk_policy`` computes, in PyTorch operations."""
+    return run_policy(walk_reference, images, *networks)
 
 
 def _packed_size(layers: Sequence[int], num_classes: int) -> int:
     convs = sum(
-        c_out * (1 + (9 + (16 if c_in == c_out else 0)) * c_in) for c_in, c_out in _shapes(layers)
+        c_out * (1 + (9 + (16 if c_in == c_out else 0)) * c_in)
+        for c_in, c_out in conv_shapes(layers)
     )
     return convs + (1 + WIDTHS[-1]) * (num_classes + -num_classes % CLASS_MULTIPLE)
 
@@ -218,7 +163,7 @@ def _unpack(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(weight, bias) of each convolution in order, and of the classifier."""
     offset = 0
-    for c_in, c_out in _shapes(layers):
+    for c_in, c_out in conv_shapes(layers):
         block = min(c_out, BLOCK_CHANNELS)
         bias = weights[offset : offset + c_out]
         offset += c_out
@@ -236,58 +181,13 @@ def _check(
 ) -> None:
     if images.dtype != weights.dtype:
         raise TypeError(f"images: expected dtype {weights.dtype}, got {images.dtype}")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
+    check_network(images, decisions, layers, num_classes)
     if any(size == 0 or size % SIZE_MULTIPLE for size in images.shape[2:]):
         raise ValueError(
             "images: height and width must be positive multiples of 4, got "
             f"{images.shape[2]}x{images.shape[3]}"
         )
-    if len(layers) != len(WIDTHS) or min(layers) < 1:
-        raise ValueError(f"layers: expected at least one block in 3 segments, got {list(layers)}")
-    if decisions.dtype != torch.bool:
-        raise TypeError(f"decisions: expected dtype torch.bool, got {decisions.dtype}")
-    if decisions.shape != (len(images), sum(layers)):
-        raise ValueError(
-            f"decisions: expected shape (B, K) = ({len(images)}, {sum(layers)}), "
-            f"got {tuple(decisions.shape)}"
-        )
-    if weights.ndim != 1 or len(weights) != _packed_size(layers, num_classes):
-        raise ValueError(
-            f"weights: expected a vector of {_packed_size(layers, num_classes)} packed values, "
-            f"got shape {tuple(weights.shape)}"
-        )
+    check_length("weights", weights, _packed_size(layers, num_classes), "packed values")
 
 
-def _walk_fake(
-    images: Tensor,
-    decisions: Tensor,
-    weights: Tensor,
-    layers: Sequence[int],
-    num_classes: int,
-    subsample: bool,
-) -> Tensor:
-    return images.new_empty((*decisions.shape[:-1], num_classes))
-
-
-def _walk_policy_fake(
-    images: Tensor,
-    weights: Tensor,
-    layers: Sequence[int],
-    num_classes: int,
-    subsample: bool,
-    policy_weights: Tensor,
-    policy_layers: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, num_blocks = images.shape[0], sum(layers)
-    return (
-        images.new_empty((batch, num_classes)),
-        images.new_empty((batch, num_blocks), dtype=torch.bool),
-        images.new_empty((batch, num_blocks)),
-    )
-
-
-LIBRARY.impl("walk", walk_reference, REFERENCE)
-LIBRARY.impl("walk_policy", walk_policy_reference, REFERENCE)
-torch.library.register_fake("blockdrop_fast::walk", _walk_fake, lib=LIBRARY)
-torch.library.register_fake("blockdrop_fast::walk_policy", _walk_policy_fake, lib=LIBRARY)
+define_walk("walk", walk_reference, walk_policy_reference)

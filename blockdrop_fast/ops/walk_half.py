@@ -19,24 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockdrop_fast.ops._library import LIBRARY, REFERENCE
-from blockdrop_fast.ops.walk import WIDTHS, residual_shapes, shape_changing_shortcut
+from blockdrop_fast.ops.walk_network import (
+    WIDTHS,
+    check_length,
+    check_network,
+    conv_shapes,
+    define_walk,
+    run_network,
+    run_policy,
+)
 
 DTYPES = (torch.bfloat16, torch.float16)
 IMAGE_SIZE = 32
 TILE = 16
 FRAGMENT_BYTES = TILE * TILE * 2
-
-_NETWORK = "Tensor weights, int[] layers, int num_classes, bool subsample"
-LIBRARY.define(
-    f"walk_half(Tensor images, Tensor decisions, {_NETWORK}, Tensor? order=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    f"walk_half_policy(Tensor images, {_NETWORK}, Tensor policy_weights, int[] policy_layers)"
-    " -> (Tensor logits, Tensor decisions, Tensor policy_logits)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def walk_half(
@@ -84,20 +80,9 @@ def walk_half_policy(
     policy_weights: Tensor,
     policy_layers: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the policy network, and the backbone at its thresholded decisions, in one launch.
+    """As ``blockdrop_fast.ops.walk_policy``, in one launch.
 
-    Args:
-        images, weights, layers, num_classes, subsample: as for ``walk_half``.
-        policy_weights: packed like ``weights``; a network of K classes, average-pooling shortcuts.
-        policy_layers: the residual blocks of the policy network's segments.
-
-    Returns:
-        logits: (B, num_classes) float32.
-        decisions: (B, K) bool, True where the policy logit is >= 0.
-        policy_logits: (B, K) float32.
-
-    Raises:
-        TypeError, ValueError: as for ``walk_half``.
+    Images and packed weights are as for ``walk_half``; logits and policy logits are float32.
     """
     return torch.ops.blockdrop_fast.walk_half_policy(
         images, weights, layers, num_classes, subsample, policy_weights, policy_layers
@@ -128,7 +113,7 @@ def packed_bytes(layers: Sequence[int], num_classes: int) -> int:
 
 def classifier_offset(layers: Sequence[int]) -> int:
     """Where a network's classifier begins in its packed weights, in bytes."""
-    return sum(_conv_bytes(c_in, c_out) for c_in, c_out in _shapes(layers))
+    return sum(_conv_bytes(c_in, c_out) for c_in, c_out in conv_shapes(layers))
 
 
 def walk_half_reference(
@@ -142,83 +127,37 @@ def walk_half_reference(
 ) -> Tensor:
     """What ``walk_half`` computes, in PyTorch operations, on any device."""
     _check(images, decisions, weights, layers, num_classes, order)
-    if decisions.ndim == 3:
-        arguments = (weights, layers, num_classes, subsample)
-        if len(decisions) == 0:
-            return images.new_empty((0, len(images), num_classes), dtype=torch.float32)
-        return torch.stack([walk_half_reference(images, one, *arguments) for one in decisions])
-    dtype = images.dtype
-    convs, classifier = _unpack(weights, layers, num_classes, dtype)
-
-    def convolve(x: Tensor, stride: int = 1, residual: Tensor | float = 0.0) -> Tensor:
-        weight, bias = next(convs)
-        sums = F.conv2d(x.float(), weight[:, : x.shape[1]], bias, stride, padding=1)
-        return F.relu(sums + residual).to(dtype)
-
-    x = convolve(images)
-    block = 0
-    for segment, num_blocks in enumerate(layers):
-        for index in range(num_blocks):
-            stride = 2 if segment > 0 and index == 0 else 1
-            shortcut = x
-            if stride == 2:
-                shortcut = shape_changing_shortcut(x.float(), subsample).to(dtype)
-            kept = convolve(convolve(x, stride), residual=shortcut)
-            x = torch.where(decisions[:, block, None, None, None], kept, shortcut)
-            block += 1
-    return F.linear(x.float().mean((2, 3)), *classifier)
+    parameters = list(_unpack(weights, layers, num_classes, images.dtype))
+    return run_network(images, decisions, parameters, layers, subsample)
 
 
-def walk_half_policy_reference(
-    images: Tensor,
-    weights: Tensor,
-    layers: Sequence[int],
-    num_classes: int,
-    subsample: bool,
-    policy_weights: Tensor,
-    policy_layers: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
+def walk_half_policy_reference(images: Tensor, *networks) -> tuple[Tensor, Tensor, Tensor]:
     """What ``walk_half_policy`` computes, in PyTorch operations."""
-    keep_all = images.new_ones((len(images), sum(policy_layers)), dtype=torch.bool)
-    policy_logits = walk_half_reference(
-        images, keep_all, policy_weights, policy_layers, sum(layers), False
-    )
-    decisions = policy_logits >= 0
-    logits = walk_half_reference(images, decisions, weights, layers, num_classes, subsample)
-    return logits, decisions, policy_logits
-
-
-def _shapes(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(C_in, C_out) of the stem, filled up, and of the blocks' convolutions, in order."""
-    yield TILE, WIDTHS[0]
-    yield from residual_shapes(layers)
+    return run_policy(walk_half_reference, images, *networks)
 
 
 def _conv_bytes(c_in: int, c_out: int) -> int:
-    return c_in // TILE * (c_out * 4 + c_out // TILE * 9 * FRAGMENT_BYTES)
+    return -(-c_in // TILE) * (c_out * 4 + c_out // TILE * 9 * FRAGMENT_BYTES)
 
 
 def _unpack(
     weights: Tensor, layers: Sequence[int], num_classes: int, dtype: torch.dtype
-) -> tuple[Iterator[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
-    """(weight, bias) in float32: of each convolution in order, and of the classifier."""
-
-    def convs() -> Iterator[tuple[Tensor, Tensor]]:
-        offset = 0
-        for c_in, c_out in _shapes(layers):
-            size = _conv_bytes(c_in, c_out)
-            slices = weights[offset : offset + size].view(c_in // TILE, -1)
-            offset += size
-            bias = slices[0, : c_out * 4].clone().view(torch.float32)
-            fragments = slices[:, c_out * 4 :].contiguous().view(dtype).float()
-            # (in, out, tap, row, column pair, column half, row half, column)
-            parts = fragments.view(c_in // TILE, c_out // TILE, 9, 8, 4, 2, 2, 2)
-            weight = parts.permute(1, 6, 3, 0, 5, 4, 7, 2).reshape(c_out, c_in, 3, 3)
-            yield weight, bias
-
-    classifier = weights[classifier_offset(layers) :].clone().view(torch.float32)
-    classifier = classifier.view(1 + WIDTHS[-1], num_classes)
-    return convs(), (classifier[1:].t(), classifier[0])
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(weight, bias) in float32 of each convolution in order, and of the classifier."""
+    offset = 0
+    for c_in, c_out in conv_shapes(layers):
+        num_slices = -(-c_in // TILE)
+        size = _conv_bytes(c_in, c_out)
+        slices = weights[offset : offset + size].view(num_slices, -1)
+        offset += size
+        bias = slices[0, : c_out * 4].clone().view(torch.float32)
+        fragments = slices[:, c_out * 4 :].contiguous().view(dtype).float()
+        # (in, out, tap, row, column pair, column half, row half, column)
+        parts = fragments.view(num_slices, c_out // TILE, 9, 8, 4, 2, 2, 2)
+        weight = parts.permute(1, 6, 3, 0, 5, 4, 7, 2).reshape(c_out, num_slices * TILE, 3, 3)
+        yield weight[:, :c_in], bias
+    classifier = weights[offset:].clone().view(torch.float32).view(1 + WIDTHS[-1], num_classes)
+    yield classifier[1:].t(), classifier[0]
 
 
 def _check(
@@ -233,65 +172,17 @@ def _check(
         raise TypeError(
             f"images: expected dtype torch.bfloat16 or torch.float16, got {images.dtype}"
         )
-    if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+    check_network(images, decisions, layers, num_classes)
+    if images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"images: expected shape (B, 3, 32, 32), got {tuple(images.shape)}")
-    if len(layers) != len(WIDTHS) or min(layers) < 1:
-        raise ValueError(f"layers: expected at least one block in 3 segments, got {list(layers)}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    if decisions.dtype != torch.bool:
-        raise TypeError(f"decisions: expected dtype torch.bool, got {decisions.dtype}")
-    if decisions.ndim not in (2, 3) or decisions.shape[-2:] != (len(images), sum(layers)):
-        raise ValueError(
-            f"decisions: expected shape (B, K) or (S, B, K) with B = {len(images)} and "
-            f"K = {sum(layers)}, got {tuple(decisions.shape)}"
-        )
     if weights.dtype != torch.uint8:
         raise TypeError(f"weights: expected dtype torch.uint8, got {weights.dtype}")
-    if weights.ndim != 1 or len(weights) != packed_bytes(layers, num_classes):
-        raise ValueError(
-            f"weights: expected a vector of {packed_bytes(layers, num_classes)} packed bytes, "
-            f"got shape {tuple(weights.shape)}"
-        )
-    if order is not None and order.dtype != torch.int32:
+    check_length("weights", weights, packed_bytes(layers, num_classes), "packed bytes")
+    if order is None:
+        return
+    if order.dtype != torch.int32:
         raise TypeError(f"order: expected dtype torch.int32, got {order.dtype}")
-    if order is not None and order.shape != (decisions.shape[:-1].numel(),):
-        raise ValueError(
-            f"order: expected a vector of {decisions.shape[:-1].numel()}, "
-            f"got shape {tuple(order.shape)}"
-        )
+    check_length("order", order, decisions.shape[:-1].numel())
 
 
-def _walk_half_fake(
-    images: Tensor,
-    decisions: Tensor,
-    weights: Tensor,
-    layers: Sequence[int],
-    num_classes: int,
-    subsample: bool,
-    order: Tensor | None = None,
-) -> Tensor:
-    return images.new_empty((*decisions.shape[:-1], num_classes), dtype=torch.float32)
-
-
-def _walk_half_policy_fake(
-    images: Tensor,
-    weights: Tensor,
-    layers: Sequence[int],
-    num_classes: int,
-    subsample: bool,
-    policy_weights: Tensor,
-    policy_layers: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, num_blocks = images.shape[0], sum(layers)
-    return (
-        images.new_empty((batch, num_classes), dtype=torch.float32),
-        images.new_empty((batch, num_blocks), dtype=torch.bool),
-        images.new_empty((batch, num_blocks), dtype=torch.float32),
-    )
-
-
-LIBRARY.impl("walk_half", walk_half_reference, REFERENCE)
-LIBRARY.impl("walk_half_policy", walk_half_policy_reference, REFERENCE)
-torch.library.register_fake("blockdrop_fast::walk_half", _walk_half_fake, lib=LIBRARY)
-torch.library.register_fake("blockdrop_fast::walk_half_policy", _walk_half_policy_fake, lib=LIBRARY)
+define_walk("walk_half", walk_half_reference, walk_half_policy_reference, ", Tensor? order=None")
