@@ -5,8 +5,8 @@ Kernels: ``csrc/cpu/walk.cpp`` and beside it ``walk_kernels.h``.
 Packed weights are one float32 vector, so that a kernel finds everything by counting:
 
 * the stem, then both convolutions of each block: the bias (C_out), then the weights
-  (C_out / b, 3, 3, C_in, b) with b = min(C_out, 32) output channels side by side, then, if C_in
-  equals C_out, the same weights in Winograd's form (C_out / b, 4, 4, C_in, b);
+  (C_out / p, 3, 3, C_in, p) in panels of p = min(C_out, 32) output channels side by side, then, if
+  C_in equals C_out, the same weights in Winograd's form (C_out / p, 4, 4, C_in, p);
 * the classifier: the bias, then the weights (64, classes), with classes rounded up to a
   multiple of 16 and filled with zeros.
 """
@@ -30,7 +30,7 @@ from blockdrop_fast.ops.walk_network import (
     run_policy,
 )
 
-BLOCK_CHANNELS = 32
+PANEL_CHANNELS = 32
 CLASS_MULTIPLE = 16
 SIZE_MULTIPLE = 4
 # G of F(2x2, 3x3) in Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 4.1.
@@ -119,9 +119,9 @@ def pack_conv(weight: Tensor, bias: Tensor) -> Tensor:
     if c_in == c_out:
         transform = torch.tensor(_WINOGRAD_WEIGHTS, dtype=torch.float64)
         forms.append((transform @ weight.double() @ transform.t()).to(weight.dtype))
-    blocks = (form.unflatten(0, (-1, min(c_out, BLOCK_CHANNELS))) for form in forms)
-    # (blocks, block, in, ky, kx) -> (blocks, ky, kx, in, block)
-    return torch.cat([bias, *(one.permute(0, 3, 4, 2, 1).flatten() for one in blocks)])
+    panels = (form.unflatten(0, (-1, min(c_out, PANEL_CHANNELS))) for form in forms)
+    # (panels, channel, in, ky, kx) -> (panels, ky, kx, in, channel)
+    return torch.cat([bias, *(one.permute(0, 3, 4, 2, 1).flatten() for one in panels)])
 
 
 def pack_classifier(weight: Tensor, bias: Tensor) -> Tensor:
@@ -164,10 +164,10 @@ def _unpack(
     """(weight, bias) of each convolution in order, and of the classifier."""
     offset = 0
     for c_in, c_out in conv_shapes(layers):
-        block = min(c_out, BLOCK_CHANNELS)
+        panel = min(c_out, PANEL_CHANNELS)
         bias = weights[offset : offset + c_out]
         offset += c_out
-        packed = weights[offset : offset + 9 * c_in * c_out].view(-1, 3, 3, c_in, block)
+        packed = weights[offset : offset + 9 * c_in * c_out].view(-1, 3, 3, c_in, panel)
         offset += 9 * c_in * c_out
         if c_in == c_out:
             offset += 16 * c_in * c_out  # Winograd's form says the same again
