@@ -110,16 +110,7 @@ def gathered_conv_reference_(
         out[:slots] = F.relu(sums).to(out.dtype)
 
 
-def check(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    active: Tensor,
-    count: Tensor,
-    kernel_size: int,
-    stride: int,
-) -> None:
+def check(out, x, weight, bias, active, count, kernel_size, stride, *_) -> None:
     """Raise what ``gathered_conv_`` promises to, as far as it is known without the values."""
     if kernel_size not in KERNEL_SIZES:
         raise ValueError(f"kernel_size: expected 1 or 3, got {kernel_size}")
@@ -201,46 +192,20 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     return max(starts) < min(ends)
 
 
-def _gathered_conv_cuda(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    active: Tensor,
-    count: Tensor,
-    kernel_size: int,
-    stride: int,
-    gather: bool,
-    scatter: bool,
-) -> None:
+def _gathered_conv_cuda(*arguments) -> None:
     # Imported at the first call: the package works without triton.
     from blockdrop_fast.triton_kernels import KERNEL_DTYPES, why_not
 
-    arguments = (out, x, weight, bias, active, count, kernel_size, stride)
+    x = arguments[1]
     if x.dtype not in KERNEL_DTYPES or why_not(x.device):
-        gathered_conv_reference_(*arguments, gather, scatter)
+        gathered_conv_reference_(*arguments)
         return
     from blockdrop_fast.triton_kernels.gathered_conv import launch_gathered_conv
 
     check(*arguments)
-    launch_gathered_conv(*arguments, gather, scatter)
-
-
-def _gathered_conv_fake(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    active: Tensor,
-    count: Tensor,
-    kernel_size: int,
-    stride: int,
-    gather: bool,
-    scatter: bool,
-) -> None:
-    return None
+    launch_gathered_conv(*arguments)
 
 
 LIBRARY.impl("gathered_conv_", gathered_conv_reference_, REFERENCE)
 LIBRARY.impl("gathered_conv_", _gathered_conv_cuda, "CUDA")
-torch.library.register_fake("blockdrop_fast::gathered_conv_", _gathered_conv_fake, lib=LIBRARY)
+torch.library.register_fake("blockdrop_fast::gathered_conv_", lambda *_: None, lib=LIBRARY)
