@@ -6,7 +6,37 @@ import torch
 from torch import Tensor
 
 
-def check_images(images: Tensor, *, channels: int, size_multiple: int, dtype: torch.dtype) -> None:
+def check_tensor(name: str, tensor: Tensor, device: torch.device | None) -> None:
+    """Raise unless an argument is a tensor that can be computed with on a device.
+
+    Args:
+        name: of the argument.
+        tensor: what came.
+        device: where it has to be; None: anywhere.
+
+    Raises:
+        TypeError: not a tensor, a sparse one, or one on the meta device that has no values.
+        ValueError: it is on another device.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
+    if device is None or tensor.device == device:
+        return
+    if tensor.is_meta:
+        raise TypeError(f"{name}: expected a tensor with values, got one on the meta device")
+    raise ValueError(f"{name}: expected on {device}, got on {tensor.device}")
+
+
+def check_images(
+    images: Tensor,
+    *,
+    channels: int,
+    size_multiple: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> None:
     """Raise a clear error unless ``images`` is a batch that a network can take.
 
     Args:
@@ -14,14 +44,15 @@ def check_images(images: Tensor, *, channels: int, size_multiple: int, dtype: to
         channels: number of input channels of the network.
         size_multiple: H and W must be positive multiples of this.
         dtype: the floating-point type of the network's weights.
+        device: where the network is; None: wherever the images are.
 
     Raises:
-        TypeError: not a tensor, or another dtype than the network's (nothing is silently cast).
-        ValueError: wrong shape or size; NaN or infinite values. Values are checked only where
-            that costs no device synchronisation, i.e. on the CPU.
+        TypeError: see ``check_tensor``, or another dtype than the network's (nothing is silently
+            cast).
+        ValueError: wrong shape, size or device; NaN or infinite values. Values are checked only
+            where that costs no device synchronisation, i.e. on the CPU.
     """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a torch.Tensor, got {type(images).__name__}")
+    check_tensor("images", images, device)
     if images.dtype != dtype and not _autocasts(images.device.type):
         raise TypeError(
             f"images: expected dtype {dtype} as the network's weights, got {images.dtype}"
@@ -71,21 +102,16 @@ def check_decisions(
         (B, K) bool, on the same device; the input itself if it already is bool.
 
     Raises:
-        TypeError: not a tensor, or of a complex dtype.
+        TypeError: see ``check_tensor``, or of a complex dtype.
         ValueError: wrong shape or device, or values other than 0 and 1.
     """
-    if not isinstance(decisions, Tensor):
-        raise TypeError(f"decisions: expected a torch.Tensor, got {type(decisions).__name__}")
+    check_tensor("decisions", decisions, device)
     if decisions.is_complex():
         raise TypeError(f"decisions: expected bool or 0/1 values, got dtype {decisions.dtype}")
     if decisions.ndim != 2 or decisions.shape != (batch, num_blocks):
         raise ValueError(
             f"decisions: expected shape (B, K) = ({batch}, {num_blocks}), "
             f"got {tuple(decisions.shape)}"
-        )
-    if decisions.device != device:
-        raise ValueError(
-            f"decisions: expected on {device} as the images, got on {decisions.device}"
         )
     if decisions.dtype == torch.bool:
         return decisions

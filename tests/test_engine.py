@@ -203,7 +203,9 @@ def check_policy(engine: bdf.Engine, images: torch.Tensor) -> None:
     reference = make_reference(Probabilities(policy), images, None, engine.dtype)
     reference.check(f"{engine.strategy} policy", probabilities)
     assert decisions.dtype == torch.bool
-    assert torch.equal(decisions, bdf.decide(probabilities))
+    assert torch.equal(decisions, engine.decide(images))
+    tied = probabilities == 0.5  # of a logit around zero, on either side of it
+    assert torch.equal(decisions | tied, bdf.decide(probabilities) | tied)
     assert 0.2 < decisions.float().mean() < 0.8
     check(engine, logits, images, decisions)
 
@@ -442,7 +444,12 @@ BAD_IMAGES = [
     ([[0.0]], TypeError, "images: expected a torch.Tensor, got list"),
     (torch.zeros(2, 3, 8, 8, dtype=torch.float64), TypeError, "expected dtype torch.float32"),
     (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), TypeError, "expected dtype torch.float32"),
-    (torch.zeros(2, 3, 8, 8, device="meta"), ValueError, "images: expected on cpu, got on meta"),
+    (torch.zeros(2, 3, 8, 8, device="meta"), TypeError, "images: expected a tensor with values"),
+    (
+        torch.zeros(2, 3, 8, 8).to_sparse(),
+        TypeError,
+        "images: expected a dense tensor, got one",
+    ),
     (torch.zeros(2, 1, 8, 8), ValueError, r"images: expected shape \(B, 3, H, W\), got \(2, 1,"),
     (torch.zeros(3, 8, 8), ValueError, r"images: expected shape \(B, 3, H, W\), got \(3, 8, 8\)"),
     (torch.zeros(2, 3, 8, 10), ValueError, "positive multiples of 4, got 8x10"),
@@ -469,7 +476,12 @@ BAD_DECISIONS = [
     ([[1, 0, 1, 0, 1]] * 2, TypeError, "decisions: expected a torch.Tensor, got list"),
     (torch.ones(2, 4), ValueError, r"decisions: expected shape \(B, K\) = \(2, 5\), got \(2, 4\)"),
     (torch.ones(3, 5), ValueError, r"decisions: expected shape \(B, K\) = \(2, 5\), got \(3, 5\)"),
-    (torch.ones(2, 5, device="meta"), ValueError, "decisions: expected on cpu .*, got on meta"),
+    (
+        torch.ones(2, 5, device="meta"),
+        TypeError,
+        "decisions: expected a tensor with values, got",
+    ),
+    (torch.ones(2, 5).to_sparse(), TypeError, "decisions: expected a dense tensor, got .*sparse"),
     (torch.full((2, 5), 0.5), ValueError, "decisions: expected only 0 and 1, got 0.5"),
     (torch.full((2, 5), 2), ValueError, "decisions: expected only 0 and 1, got 2"),
     (torch.full((2, 5), torch.nan), ValueError, "decisions: expected only 0 and 1, got nan"),
@@ -555,7 +567,7 @@ def test_goes_by_what_was_measured(monkeypatch, tmp_path):
         engine = bdf.compile(make_network(BOTTLENECK), strategy=strategy)
         assert engine.strategy == "gather"
         assert str(path) in engine.strategy_reason
-        assert [engine._executor._dense_from(batch) for batch in (8, 64)] == [0.5, 2.0]
+        assert [engine._choice.executor._dense_from(batch) for batch in (8, 64)] == [0.5, 2.0]
     # Measured in another precision: not for this one.
     assert (
         str(path) not in bdf.compile(make_network(BOTTLENECK), dtype=torch.bfloat16).strategy_reason
@@ -572,7 +584,7 @@ def test_gathers_where_the_walk_was_measured_to_lose(monkeypatch, tmp_path):
     assert engine.strategy == "walk"
     assert str(path) in engine.strategy_reason
     ran = []
-    for executor in (engine._executor, engine._where_walk_loses):
+    for executor in (engine._choice.executor, engine._choice.where_walk_loses):
         monkeypatch.setattr(executor, "run", _noting(executor, ran))
     decisions = make_decisions("random", IMAGES, 5)
     check(engine, in_batches(engine, images, decisions, 8), images, decisions)
@@ -582,6 +594,42 @@ def test_gathers_where_the_walk_was_measured_to_lose(monkeypatch, tmp_path):
     ran.clear()
     check(engine, engine.run(images, decisions), images, decisions)
     assert {type(executor) for executor in ran} == {WalkExecutor}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("compiled_in_inference_mode", [False, True])
+@pytest.mark.parametrize("called_in_inference_mode", [False, True])
+def test_outputs_are_ordinary_tensors(
+    strategy, compiled_in_inference_mode, called_in_inference_mode
+):
+    """A layer that trains takes them, whatever mode the engine was made and called in."""
+    model, images = make_model()
+    with torch.inference_mode(compiled_in_inference_mode):
+        engine = bdf.compile(model, strategy=strategy)
+    with torch.inference_mode(called_in_inference_mode):
+        logits, decisions = engine(images[:4])
+        outputs = [logits, engine.run(images[:4], decisions), engine.probabilities(images[:4])]
+        outputs.append(engine.run_sets(images[:4], decisions[None])[0])
+    assert not any(output.is_inference() for output in (*outputs, decisions))
+    for output in outputs:
+        layer = nn.Linear(output.shape[1], 2)
+        layer(output).sum().backward()
+        assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("logit", [-5e-8, -0.0, 0.0, 5e-8])
+def test_keeps_where_the_logit_is_not_negative(strategy, logit):
+    """Of logits around zero the sigmoids are 0.5: decisions go by the logit."""
+    model, images = make_model()
+    with torch.no_grad():
+        model.policy.network.fc.weight.zero_()
+        model.policy.network.fc.bias.fill_(logit)
+    engine = bdf.compile(model, strategy=strategy)
+    assert (engine.probabilities(images[:2]) == 0.5).all()
+    images = images[:2]
+    for decisions in (engine(images).decisions, engine.decide(images), model(images).decisions):
+        assert torch.equal(decisions, torch.full_like(decisions, logit >= 0))
 
 
 def _noting(executor, ran: list):

@@ -1,7 +1,55 @@
-"""Ways to execute a folded network, all alike to the engine:
-
-``run(images, decisions (B, K)) -> logits (B, C)`` and
-``run_sets(images, decisions (S, B, K)) -> logits (S, B, C)``.
+"""Ways to execute a folded network, all alike to the engine; ``choice.py`` picks one.
 
 Their constructors take a ``FoldedNetwork`` and say why where they do not support it.
 """
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from blockdrop_fast.networks.folding import FoldedNetwork
+
+Strategy = Literal["walk", "gather", "dense"]
+
+
+class Executor(Protocol):
+    """What an engine asks of an executor.
+
+    Attributes:
+        strategy: how it executes.
+        logits_dtype: of the logits that it returns.
+    """
+
+    strategy: ClassVar[Strategy]
+    logits_dtype: torch.dtype
+
+    def run(self, images: Tensor, decisions: Tensor) -> Tensor:
+        """(B, 3, H, W) images, (B, K) bool decisions -> (B, num_classes) logits; B at least 1."""
+        ...
+
+    def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
+        """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits."""
+        ...
+
+    def set_policy(self, policy: FoldedNetwork, pool: int) -> bool:
+        """Take a policy network to decide by, in one call with the backbone.
+
+        Args:
+            policy: folded, with an output a block.
+            pool: images are average-pooled by this factor first.
+
+        Returns:
+            Whether ``run_policy`` will; if not, somebody else has to run the policy network.
+        """
+        return False
+
+    def run_policy(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Decide and execute: (B, 3, H, W) -> (B, num_classes) logits, (B, K) bool decisions.
+
+        Raises:
+            RuntimeError: ``set_policy`` has not returned True.
+        """
+        raise RuntimeError("run_policy: this executor has no policy network")

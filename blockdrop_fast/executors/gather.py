@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from blockdrop_fast.executors import Executor
 from blockdrop_fast.executors.layers import Block, Layers
 from blockdrop_fast.executors.plan import Plan, plan, plan_sets
 from blockdrop_fast.networks.folding import FoldedNetwork
@@ -23,7 +24,7 @@ def default_dense_from(batch: int) -> float:
     return DENSE_SHARE
 
 
-class GatherExecutor:
+class GatherExecutor(Executor):
     """Gathers a block's active images, runs the block on them, puts the results back in place.
 
     A block that no image keeps costs nothing (a shape-changing shortcut still runs); one that
@@ -35,9 +36,12 @@ class GatherExecutor:
             all rows, masked; above 1: never.
     """
 
+    strategy = "gather"
+
     def __init__(
         self, network: FoldedNetwork, dense_from: Callable[[int], float] = default_dense_from
     ):
+        self.logits_dtype = network.fc_weight.dtype
         self._layers = Layers(network)
         self._dense_from = dense_from
 

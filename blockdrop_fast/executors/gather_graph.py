@@ -10,8 +10,6 @@ get to say it is a choice of launch:
   that comes back gets a graph of its own; until then a batch runs by the universal graph.
 * "universal": nobody asks. One graph for all batches of a size, in which every block gathers, by
   kernels that read its count on the device.
-* "conditional": the device chooses. One graph for all batches of a size, in which every block is a
-  switch node.
 """
 
 from __future__ import annotations
@@ -29,23 +27,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockdrop_fast.executors import Executor
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
-from blockdrop_fast.executors.layers import Conv, Layers
+from blockdrop_fast.executors.layers import Layers
 from blockdrop_fast.executors.recording import (
     CallOrder,
     Recorded,
     SideStream,
-    Switches,
     is_capturing,
-    why_no_switches,
 )
 from blockdrop_fast.networks.folding import FoldedBlock, FoldedConv, FoldedNetwork
-from blockdrop_fast.networks.policy import decide
+from blockdrop_fast.networks.policy import threshold
 from blockdrop_fast.ops.gathered_conv import gathered_conv_, pack_conv
 from blockdrop_fast.ops.plan import plan
 
-Launch = Literal["counts", "universal", "conditional"]
+Launch = Literal["counts", "universal"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Patterns with a graph of their own, for each batch size. A policy trained for ImageNet has some
 # ten policies, and at larger batches most blocks are run in the same way by each batch.
@@ -63,7 +60,7 @@ class Way(IntEnum):
     ALL = 3  # all keep it: the vendor's convolutions
 
 
-class GraphGatherExecutor:
+class GraphGatherExecutor(Executor):
     """Gathers a block's active images inside of its convolutions, whole networks a launch.
 
     Also runs on a CPU, with the operator's reference and without graphs, so that the tests reach
@@ -73,14 +70,15 @@ class GraphGatherExecutor:
         network: folded, of any architecture; float32, float16 or bfloat16.
         dense_from: images of a batch -> the share of active ones from which a block runs on all
             of them, masked; above 1: never.
-        launch: how a block's way is chosen, see above. Only "counts" waits for the device at every
-            call; "conditional" does at the first call of a batch size. Where somebody else captures
-            a call in a graph, "counts" is "universal".
+        launch: how a block's way is chosen, see above. Only "counts" waits for the device. Where
+            somebody else captures a call in a graph, "counts" is "universal".
 
     Raises:
         TypeError: weights of another dtype.
-        ValueError: another launch, or "conditional" on a GPU where there are no switch nodes.
+        ValueError: another launch.
     """
+
+    strategy = "gather"
 
     def __init__(
         self,
@@ -88,7 +86,7 @@ class GraphGatherExecutor:
         dense_from: Callable[[int], float] = lambda batch: 2.0,
         launch: Launch = "counts",
     ):
-        self.dtype = network.stem.weight.dtype
+        self.dtype = self.logits_dtype = network.stem.weight.dtype
         if self.dtype not in DTYPES:
             raise TypeError(f"network: expected a dtype out of {DTYPES}, got {self.dtype}")
         self.device = network.stem.weight.device
@@ -102,11 +100,6 @@ class GraphGatherExecutor:
         self.policy: DenseExecutor | None = None
         self.policy_pool = 1
         on_gpu = self.device.type == "cuda"
-        self.switches: Switches | None = None
-        if launch == "conditional":
-            if on_gpu and (why_not := why_no_switches()):
-                raise ValueError(f"launch: 'conditional' is not available: {why_not}")
-            self.switches = Switches(self.device)
         # Graphs of one stream never run at the same time and share memory; the side stream's do.
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.side_pool = torch.cuda.graph_pool_handle() if on_gpu else None
@@ -116,27 +109,19 @@ class GraphGatherExecutor:
         self._batches: dict[tuple[int, ...], _Batch] = {}
         self._lock = threading.Lock()
 
-    def set_policy(self, policy: FoldedNetwork, pool: int) -> None:
-        """Take ``policy`` as the network that ``run_policy`` decides by.
-
-        Args:
-            policy: folded, with an output a block.
-            pool: images are average-pooled by this factor first.
-        """
+    def set_policy(self, policy: FoldedNetwork, pool: int) -> bool:
+        """Take any ``policy`` to decide by, see ``Executor``; it runs on a stream of its own."""
         self.policy, self.policy_pool = DenseExecutor(policy), pool
+        return True
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images and their (B, K) bool decisions -> (B, num_classes) logits."""
         return self._run(images, decisions)[0]
 
     def run_policy(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Decide and execute: (B, 3, H, W) images -> (B, num_classes) logits, (B, K) decisions.
-
-        Raises:
-            RuntimeError: there is no policy.
-        """
+        """Decide and execute, see ``Executor``."""
         if self.policy is None:
-            raise RuntimeError("run_policy: this executor was made without a policy network")
+            return super().run_policy(images)
         return self._run(images, None)
 
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
@@ -181,14 +166,12 @@ class _Batch:
         self._decisions = torch.zeros(rows, blocks, dtype=torch.bool, device=device)
         self._indices = empty((blocks, rows), dtype=torch.int32)
         self._counts = empty((blocks,), dtype=torch.int32)
-        self._all_from = torch.ones(1, dtype=torch.int32, device=device)
         self._host_counts = torch.empty(blocks, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._x: Tensor | None = None  # output of the stem
         self._stem = Recorded(self._run_stem, executor.pool)
         self._decide = Recorded(self._run_policy, executor.side_pool)
         self._plan = Recorded(self._run_plan, executor.side_pool)
         self._universal = Recorded(partial(self._run_blocks, None), executor.pool)
-        self._conditional = Recorded(self._run_switched_blocks, executor.pool)
         self._patterns: OrderedDict[tuple[Way, ...], Recorded[Tensor]] = OrderedDict()
         self._seen: Counter[tuple[Way, ...]] = Counter()
 
@@ -202,7 +185,7 @@ class _Batch:
             else:
                 self._plan()
         self._x = self._stem()
-        blocks = self._conditional if executor.launch == "conditional" else self._universal
+        blocks = self._universal
         if executor.launch == "counts" and not is_capturing(executor.device):
             executor.side.wait()
             blocks = self._blocks_for(self._ways(batch))
@@ -218,7 +201,6 @@ class _Batch:
         if batch != self._num_images or self._in_graph_of_caller:
             self._is_image[:batch].fill_(True)
             self._is_image[batch:].fill_(False)
-            self._all_from.fill_(_all_from(batch, self._executor.dense_from(batch)))
             self._num_images = batch
         if decisions is not None:
             self._decisions[:batch].copy_(decisions)
@@ -253,8 +235,8 @@ class _Batch:
         executor, images = self._executor, self._images
         if executor.policy_pool > 1:
             images = F.avg_pool2d(images, executor.policy_pool)
-        probabilities = executor.policy.run(images).sigmoid()
-        torch.logical_and(decide(probabilities), self._is_image, out=self._decisions)
+        keep = threshold(executor.policy.run_complete(images))
+        torch.logical_and(keep, self._is_image, out=self._decisions)
         self._run_plan()
 
     def _run_plan(self) -> None:
@@ -282,25 +264,6 @@ class _Batch:
                 x = block.kept(x, shortcut)
         return executor.layers.classifier(x)
 
-    def _run_switched_blocks(self) -> Tensor:
-        """All blocks and the classifier, each block in the way that its count asks for."""
-        executor, x = self._executor, self._x
-        executor.switches.set(self._counts, self._all_from)
-        for k, (block, gathered) in enumerate(
-            zip(executor.layers.blocks, executor.gathered, strict=True)
-        ):
-            shortcut = block.shortcut(x)
-            # Allocated here, as the switch's bodies have no part in the memory of this graph.
-            hidden = gathered.empty_hidden(x)
-            arguments = (x, shortcut, self._indices[k])
-            executor.switches.run(
-                k,
-                partial(gathered.run, *arguments, hidden=hidden),
-                partial(gathered.run_on_all, *arguments),
-            )
-            x = shortcut
-        return executor.layers.classifier(x)
-
 
 def _all_from(batch: int, dense_from: float) -> int:
     """The count of active images from which a block runs on all images."""
@@ -320,15 +283,6 @@ class _GatheredBlock:
 
     def __init__(self, folded: FoldedBlock):
         self._convs = [_PackedConv(conv) for conv in folded.convs]
-        self._vendor_convs = [Conv(conv) for conv in folded.convs[:-1]]
-
-    def empty_hidden(self, x: Tensor) -> list[Tensor]:
-        """Uninitialised outputs of all convolutions but the last, (R, C', H', W') each."""
-        hidden = []
-        for conv in self._convs[:-1]:
-            x = conv.empty_output(x)
-            hidden.append(x)
-        return hidden
 
     def run(
         self,
@@ -336,7 +290,6 @@ class _GatheredBlock:
         shortcut: Tensor,
         active: Tensor,
         count: Tensor,
-        hidden: list[Tensor] | None = None,
     ) -> Tensor:
         """Add to rows of ``shortcut``.
 
@@ -346,27 +299,16 @@ class _GatheredBlock:
             shortcut: (R, C', H', W') channels-last.
             active: (R,) int32, the active rows, then -1.
             count: (1,) int32, how many there are.
-            hidden: what ``empty_hidden`` gave, to compute in; None: allocated here, one by one.
 
         Returns:
             ``shortcut``, now relu(shortcut + F_k(x)) in its active rows.
         """
         *first, last = self._convs
         for index, conv in enumerate(first):
-            out = conv.empty_output(x) if hidden is None else hidden[index]
+            out = conv.empty_output(x)
             conv.run(out, x, active, count, gather=index == 0)
             x = out
         last.run(shortcut, x, active, count, scatter=True)
-        return shortcut
-
-    def run_on_all(self, x: Tensor, shortcut: Tensor, active: Tensor, count: Tensor) -> Tensor:
-        """The same, with the vendor's convolutions of all rows of x up to the last one.
-
-        That one is ours, as no vendor adds to a residual in place and in some rows only.
-        """
-        for conv in self._vendor_convs:
-            x = conv.relu(x)
-        self._convs[-1].run(shortcut, x, active, count, gather=True, scatter=True)
         return shortcut
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from blockdrop_fast.executors import Executor
 from blockdrop_fast.networks.folding import FoldedNetwork
 from blockdrop_fast.ops.walk_network import WIDTHS
 
 
-class PackedWalk(ABC):
+class PackedWalk(Executor):
     """Packs a CIFAR network for an operator that walks, and takes a policy network beside it.
 
     Args:
@@ -43,15 +44,10 @@ class PackedWalk(ABC):
         self._policy: tuple[Tensor, tuple[int, ...]] | None = None
 
     def set_policy(self, policy: FoldedNetwork, pool: int) -> bool:
-        """Take ``policy`` as the network that ``run_policy`` decides by, if the operator can.
+        """Take ``policy`` if the operator can run it, see ``Executor``.
 
-        Args:
-            policy: folded, with an output a block.
-            pool: images are average-pooled by this factor first.
-
-        Returns:
-            Whether it can: without pooling, a network as the constructor takes them, with
-            average-pooling shortcuts.
+        It can without pooling, a network as the constructor takes them, with average-pooling
+        shortcuts.
         """
         self._policy = None
         config = policy.config
@@ -65,23 +61,9 @@ class PackedWalk(ABC):
         self._policy = (self.pack(policy), config.layers)
         return True
 
-    @abstractmethod
-    def run(self, images: Tensor, decisions: Tensor) -> Tensor:
-        """(B, 3, H, W) images and their (B, K) bool decisions -> (B, num_classes) logits."""
-
-    @abstractmethod
-    def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
-        """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits, prefixes shared."""
-
     def run_policy(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Decide and execute: (B, 3, H, W) images -> (B, num_classes) logits, (B, K) decisions.
-
-        Raises:
-            RuntimeError: ``set_policy`` has not taken a policy network.
-        """
-        if self._policy is None:
-            raise RuntimeError("run_policy: this executor is without a policy network")
-        return self._run_policy(images)
+        """Decide and execute, see ``Executor``."""
+        return super().run_policy(images) if self._policy is None else self._run_policy(images)
 
     @abstractmethod
     def _run_policy(self, images: Tensor) -> tuple[Tensor, Tensor]: ...

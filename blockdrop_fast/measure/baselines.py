@@ -148,7 +148,7 @@ def cudnn_graph(network: FoldedNetwork, images: Tensor) -> Call:
     if images.device.type != "cuda":
         raise UnavailableError(f"captures a CUDA graph, which needs a GPU, not {images.device}")
     executor = DenseExecutor(network)
-    replay = captured(lambda images, _: executor.run(images), images, None)
+    replay = captured(lambda images, _: executor.run_complete(images), images, None)
     return lambda images, _: replay(images, None)
 
 

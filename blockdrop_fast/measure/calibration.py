@@ -139,7 +139,7 @@ def _dense(subject: Subject, batch: int, masked: bool) -> Run:
     executor = DenseExecutor(subject.folded)
     images = subject.images[:batch]
     keep = images.new_ones((batch, subject.backbone.num_blocks), dtype=torch.bool)
-    run = executor.run if masked else (lambda images, _: executor.run(images))
+    run = executor.run if masked else (lambda images, _: executor.run_complete(images))
     return captured(run, images, keep) if images.is_cuda else run
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from blockdrop_fast.networks.policy import PolicyNetwork, decide
+from blockdrop_fast.networks.policy import PolicyNetwork, threshold
 from blockdrop_fast.networks.resnet import ResNet
 
 
@@ -41,5 +41,5 @@ class BlockDrop(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """(B, 3, H, W) normalised images -> logits at the policy's thresholded decisions."""
-        decisions = decide(self.policy(images))
+        decisions = threshold(self.policy.logits(images))
         return Output(self.backbone(images, decisions), decisions)

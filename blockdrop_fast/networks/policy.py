@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from blockdrop_fast.decisions import check_images
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 
-KEEP_THRESHOLD = 0.5
-
 
 class PolicyNetwork(nn.Module):
     """A small ResNet with one output a block, and a sigmoid (BlockDrop section 3.2, eq. 2).
@@ -51,9 +49,18 @@ class PolicyNetwork(nn.Module):
         return self.logits(images).sigmoid()
 
 
+def threshold(logits: Tensor) -> Tensor:
+    """Decisions from a policy network's logits: keep where the logit is >= 0, i.e. s >= 0.5.
+
+    The authors' code; the paper writes > 0.5. By the logit, as sigmoids are rounded: at 16 bits
+    those from -0.004 on are 0.5.
+    """
+    return logits >= 0
+
+
 def decide(probabilities: Tensor) -> Tensor:
-    """Thresholded decisions: keep where s >= 0.5 (the authors' code; the paper writes > 0.5)."""
-    return probabilities >= KEEP_THRESHOLD
+    """``threshold`` for who has probabilities s only: keep where s >= 0.5."""
+    return probabilities >= 0.5
 
 
 def policy_resnet8(num_blocks: int) -> PolicyNetwork:

@@ -10,9 +10,8 @@ from typing import get_args
 import pytest
 import torch
 
-from blockdrop_fast import engine as engine_module
 from blockdrop_fast.engine import compile
-from blockdrop_fast.executors import gather_graph
+from blockdrop_fast.executors import choice, gather_graph
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Way, padded_batch
 from blockdrop_fast.executors.recording import Recorded
@@ -42,7 +41,7 @@ def make_executor(config=BOTTLENECK, dtype=torch.float32, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar", *CUSTOM])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("launch", ["counts", "conditional"])
+@pytest.mark.parametrize("launch", LAUNCHES)
 def test_within_tolerance(name, kind, launch):
     config = CUSTOM.get(name, CIFAR)
     network, executor = make_executor(config, launch=launch)
@@ -99,10 +98,10 @@ def test_policy_decides(pool):
 
 def test_graphs_of_the_caller_change_the_number_of_images(monkeypatch):
     """A replay of one, captured for fewer images in the same rows, comes between two calls."""
-    _, executor = make_executor(CIFAR, launch="conditional")
+    _, executor = make_executor(CIFAR, launch="universal")
     images = make_images(CIFAR, 18)
     policy = make_policy(5, images).network
-    executor.set_policy(fold_network(policy, torch.float32), 1)
+    assert executor.set_policy(fold_network(policy, torch.float32), 1)
     _, wanted = executor.run_policy(images)
     with monkeypatch.context() as capturing:
         capturing.setattr(gather_graph, "is_capturing", lambda device: True)
@@ -111,9 +110,7 @@ def test_graphs_of_the_caller_change_the_number_of_images(monkeypatch):
     for _ in range(2):
         _, decisions = executor.run_policy(images)
         assert torch.equal(decisions, wanted)
-        assert int(batch._all_from) == 18
         batch._is_image[17:] = False  # as the replay does
-        batch._all_from.fill_(17)
     assert wanted[17].any()
 
 
@@ -143,7 +140,7 @@ def test_refuses_other_launches():
 
 
 def test_no_policy():
-    with pytest.raises(RuntimeError, match="without a policy network"):
+    with pytest.raises(RuntimeError, match="has no policy network"):
         make_executor()[1].run_policy(make_images(BOTTLENECK, 2))
 
 
@@ -173,23 +170,6 @@ def test_ways_by_counts():
     assert list(batch._patterns) == [(Way.NONE, Way.SOME, Way.MASKED, Way.ALL)]
 
 
-def test_switches_by_counts():
-    """They choose by each call's own batch size, also in the buffers of a larger one."""
-    config = ResNetConfig("basic", (4,), (8,), "cifar", "subsample", 2)
-    _, executor = make_executor(config, dense_from=lambda batch: 0.75, launch="conditional")
-    decisions = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]).bool()
-    some, everyone, nobody = 0, 1, 2
-    executor.run(make_images(CIFAR, 4), decisions)
-    assert executor.switches._by_host == [nobody, some, everyone, everyone]
-
-    _, executor = make_executor(config, launch="conditional")
-    images, kept = make_images(CIFAR, 18), torch.ones(18, 4, dtype=torch.bool)
-    kept[0, 0] = False
-    for batch in (18, 17, 18):
-        executor.run(images[:batch], kept[:batch])
-        assert executor.switches._by_host == [some, everyone, everyone, everyone]
-
-
 def test_oldest_pattern_goes(monkeypatch):
     monkeypatch.setattr(gather_graph, "MAX_PATTERNS", 2)
     monkeypatch.setattr(gather_graph, "MAX_SEEN", 2)
@@ -209,16 +189,16 @@ def test_oldest_pattern_goes(monkeypatch):
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_in_an_engine(monkeypatch, launch):
     monkeypatch.setattr(
-        engine_module,
+        choice,
         "_make_gather",
         lambda network, table, launch: (GraphGatherExecutor(network, launch=launch), ""),
     )
     model, images = make_model()
     engine = compile(model, strategy="gather", launch=launch)
     assert engine.strategy == "gather"
-    assert engine._executor.launch == launch
+    assert engine._choice.executor.launch == launch
     output = engine(images)
-    assert torch.equal(output.decisions, engine.probabilities(images) >= 0.5)
+    assert torch.equal(output.decisions, engine.decide(images))
     make_reference(model.backbone, images, output.decisions, torch.float32).check(
         "gather", output.logits
     )
@@ -230,18 +210,6 @@ def test_in_an_engine(monkeypatch, launch):
     model.policy = make_policy(5, torch.randn(4, 3, 12, 12), pool=3)
     with pytest.raises(ValueError, match=r"images: .* for the policy network"):
         compile(model, strategy="gather")(images)
-
-
-@pytest.mark.parametrize("why_not", ["", "they are missing"])
-def test_engine_says_why_it_is_not_conditional(monkeypatch, why_not):
-    monkeypatch.setattr(engine_module.triton_kernels, "why_not", lambda device: "")
-    monkeypatch.setattr(engine_module, "why_no_switches", lambda: why_not)
-    monkeypatch.setattr(engine_module, "GraphGatherExecutor", lambda network, launch: launch)
-    weight = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda"))
-    network = SimpleNamespace(stem=SimpleNamespace(weight=weight))
-    launch, remark = engine_module._make_gather(network, None, "conditional")
-    assert launch == ("universal" if why_not else "conditional")
-    assert remark == ("; launched as 'universal': they are missing" if why_not else "")
 
 
 def test_engine_refuses_other_launches():

@@ -15,7 +15,6 @@ import torch
 import blockdrop_fast as bdf
 from blockdrop_fast import triton_kernels
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Launch
-from blockdrop_fast.executors.recording import why_no_switches
 from blockdrop_fast.measure.timing import make_reference
 from blockdrop_fast.networks.resnet import ResNetConfig
 from tests.gpu.conditions import on_gpu
@@ -45,17 +44,13 @@ def make_model(config=BOTTLENECK, pool: int = 2):
 
 def make_engine(config=BOTTLENECK, dtype=torch.bfloat16, **options):
     engine = bdf.compile(make_model(config), dtype=dtype, strategy="gather", **options)
-    assert isinstance(engine._executor, GraphGatherExecutor), engine.strategy_reason
-    assert engine._executor.launch == options.get("launch", "counts"), engine.strategy_reason
+    assert isinstance(engine._choice.executor, GraphGatherExecutor), engine.strategy_reason
+    assert engine._choice.executor.launch == options.get("launch", "counts"), engine.strategy_reason
     return engine
 
 
 def test_triton_kernels_run():
     assert triton_kernels.why_not() == ""
-
-
-def test_graphs_have_switch_nodes():
-    assert why_no_switches() == ""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,42 +77,6 @@ def test_decisions_change_from_call_to_call(launch):
         make_reference(engine.backbone, images, decisions, torch.bfloat16).check(
             "gather", engine.run(images, decisions)
         )
-
-
-@pytest.mark.parametrize("kind", ["all kept", "all dropped", "one image", "random"])
-def test_switches_choose_by_the_counts_of_each_call(kind):
-    """One graph, first captured for other decisions, in which every block may take any body."""
-    engine = make_engine(launch="conditional")
-    images, blocks = make_images(64), engine.config.num_blocks
-    for _ in range(CALLS):
-        engine.run(images, make_decisions("random", 64, blocks).cuda())
-    (batch,) = engine._executor._batches.values()
-    graph = batch._conditional._graph
-    assert graph is not None
-    decisions = make_decisions(kind, 64, blocks, 1).cuda()
-    make_reference(engine.backbone, images, decisions, torch.bfloat16).check(
-        "gather", engine.run(images, decisions)
-    )
-    assert batch._conditional._graph is graph
-
-
-def test_bodies_of_switches_own_their_memory():
-    """What bodies allocate while they are captured is nobody else's when they run."""
-    engine = make_engine(launch="conditional")
-    images = make_images(64)
-    kept = torch.ones(64, engine.config.num_blocks, dtype=torch.bool, device="cuda")
-    reference = make_reference(engine.backbone, images, kept, torch.bfloat16)
-    for _ in range(CALLS):
-        engine.run(images, kept)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    others = []
-    while torch.cuda.memory_reserved() < before + (1 << 30):
-        others.append(torch.full((1 << 17,), torch.nan, device="cuda"))
-        others.append(torch.full((1 << 23,), torch.nan, device="cuda"))
-    reference.check("gather", engine.run(images, kept))
-    assert all(other.isnan().all() for other in others)
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
@@ -149,9 +108,8 @@ def test_batches_of_changing_size(launch):
         reference.check("gather", logits)
 
 
-@pytest.mark.parametrize("launch", ["universal", "conditional"])
-def test_never_waits_without_counts(launch):
-    engine = make_engine(launch=launch)
+def test_never_waits_without_counts():
+    engine = make_engine(launch="universal")
     images = make_images(64)
     for _ in range(3):
         engine(images)

@@ -349,7 +349,7 @@ def test_unsupported_networks():
         WalkExecutor(folded(ResNet(projection)))
     with pytest.raises(TypeError, match=r"torch.float32 only, got torch.float64"):
         WalkExecutor(folded(small, torch.float64))
-    with pytest.raises(RuntimeError, match="without a policy network"):
+    with pytest.raises(RuntimeError, match="has no policy network"):
         WalkExecutor(folded(small)).run_policy(torch.zeros(1, 3, 8, 8))
 
 
@@ -372,5 +372,5 @@ def test_executor_takes_a_policy_that_the_walk_serves():
         logits, decisions = executor.run_policy(images)
         assert torch.equal(logits, executor.run(images, decisions))
         assert not executor.set_policy(other, pool)
-        with pytest.raises(RuntimeError, match="without a policy network"):
+        with pytest.raises(RuntimeError, match="has no policy network"):
             executor.run_policy(images)

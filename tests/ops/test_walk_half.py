@@ -22,6 +22,7 @@ import torch
 
 from blockdrop_fast import BlockDrop, engine
 from blockdrop_fast._extension import extension_status
+from blockdrop_fast.executors import choice
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
 from blockdrop_fast.measure.timing import make_reference
 from blockdrop_fast.networks.folding import fold_network
@@ -496,8 +497,8 @@ def test_unsupported_networks():
 @pytest.fixture
 def half_walk_engine(monkeypatch):
     """Compiles engines as on a GPU, but on the CPU, where the operator's reference runs."""
-    monkeypatch.setattr(engine, "_why_no_walk_kernels", lambda device: "")
-    monkeypatch.setattr(engine, "_make_walk", WalkHalfExecutor)
+    monkeypatch.setattr(choice, "_why_no_walk_kernels", lambda device: "")
+    monkeypatch.setattr(choice, "_make_walk", WalkHalfExecutor)
     return engine.compile
 
 
@@ -512,7 +513,7 @@ def test_engine_takes_the_half_walk(half_walk_engine):
     assert torch.equal(output.logits, compiled.run(images, output.decisions))
     sets = compiled.run_sets(images, torch.stack([output.decisions] * 2))
     assert torch.equal(sets[1], output.logits)
-    assert torch.equal(output.decisions, compiled.probabilities(images) >= 0.5)
+    assert torch.equal(output.decisions, compiled.decide(images))
     empty = compiled(images[:0])
     assert empty.logits.dtype == torch.float32
     assert empty.logits.shape == (0, 10)
@@ -527,7 +528,7 @@ def test_engine_says_why_not_the_half_walk(half_walk_engine):
 def test_engine_names_missing_kernels():
     if extension_status().build_info.get("cuda"):
         pytest.skip("this extension has CUDA kernels")
-    reason = engine._why_no_walk_kernels(torch.device("cuda"))
+    reason = choice._why_no_walk_kernels(torch.device("cuda"))
     if extension_status().loaded:
         assert reason.startswith("the walk on a GPU needs CUDA kernels: ")
     else:
