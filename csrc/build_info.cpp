@@ -1,14 +1,9 @@
 // The Python module `blockdrop_fast._C`. Importing it registers the kernels of this library with
-// the dispatcher (each kernel file does that itself). What the module itself has: how they were
-// built, and the parts of CUDA graphs that torch does not offer. The macros come from setup.py.
+// the dispatcher (each kernel file does that itself); the module's one function says how they
+// were built. The macros come from setup.py.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/version.h>
-
-#ifdef BLOCKDROP_WITH_CUDA
-#include "cuda/conditional.h"
-#endif
 
 namespace py = pybind11;
 
@@ -40,15 +35,4 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled kernels of blockdrop_fast.";
   module.def("build_info", &build_info,
              "How this library was built: compiler, flags, torch, isa_variants, cuda, cuda_archs.");
-#ifdef BLOCKDROP_WITH_CUDA
-  namespace conditional = blockdrop::conditional;
-  py::module_ switches = module.def_submodule("conditional", "See csrc/cuda/conditional.h.");
-  switches.def("why_not", &conditional::why_not);
-  switches.def("set_handles", &conditional::set_handles);
-  switches.def("add_switch", &conditional::add_switch);
-  switches.def("begin_body", &conditional::begin_body);
-  switches.def("end_body", &conditional::end_body);
-  switches.def("make_stream", &conditional::make_stream);
-  switches.def("destroy_stream", &conditional::destroy_stream);
-#endif
 }
