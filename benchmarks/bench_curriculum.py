@@ -27,6 +27,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.commands.benchmark import make_workload
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.baselines import masked_forward
+from blockdrop_fast.measure.tolerance import make_reference
 from train.config import Curriculum
 from train.reward import curriculum_step, forced_blocks
 
@@ -105,7 +106,7 @@ def measure_position(position: str, batch: int, rounds: int) -> dict[str, list[f
     )
     decisions[:, :, :forced] = True
     for one, keep in enumerate(decisions):
-        reference = timing.make_reference(backbone, images[:64], keep, torch.float32)
+        reference = make_reference(backbone, images[:64], keep, torch.float32)
         for name, logits in passes.items():
             reference.check(f"{name}, set {one}", logits(images[:64], decisions)[one])
 

@@ -24,6 +24,7 @@ from blockdrop_fast import heuristics
 from blockdrop_fast.commands import benchmark
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure import timing
+from blockdrop_fast.measure.tolerance import make_reference
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def measure(arguments: Arguments) -> dict:
     for case, (inputs, keep) in cases.items():
         if len(inputs) < benchmark.CHECKED_IMAGES:
             continue  # The tolerance is meant for 64 images on, and smaller batches are slices.
-        reference = timing.make_reference(workload.model.backbone, inputs, keep, inputs.dtype)
+        reference = make_reference(workload.model.backbone, inputs, keep, inputs.dtype)
         reference.check(f"{arguments.strategy}, {case}", engine.run(inputs, keep))
     samples = timing.interleave(
         {case: lambda _, one=one: engine.run(*one) for case, one in cases.items()},

@@ -16,7 +16,7 @@ from blockdrop_fast.executors import crossover
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.layers import Conv
 from blockdrop_fast.executors.walk import WalkExecutor
-from blockdrop_fast.measure.timing import make_reference
+from blockdrop_fast.measure.tolerance import make_reference
 from blockdrop_fast.networks.folding import FoldedConv
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNetConfig, resnet50

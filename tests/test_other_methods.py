@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import blockdrop_fast as bdf
-from blockdrop_fast.measure.timing import make_reference
+from blockdrop_fast.measure.tolerance import make_reference
 
 PAGE = Path(__file__).parent.parent / "docs" / "other-methods.md"
 

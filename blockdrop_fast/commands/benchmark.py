@@ -26,7 +26,7 @@ from blockdrop_fast.executors import crossover
 from blockdrop_fast.executors.gather_graph import Launch
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.machine import machine_info
-from blockdrop_fast.measure import baselines, calibration, timing
+from blockdrop_fast.measure import baselines, calibration, timing, tolerance
 from blockdrop_fast.measure.baselines import Call, UnavailableError
 from blockdrop_fast.measure.published import published_decisions
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
@@ -76,19 +76,21 @@ class Workload:
         return fold_network(self.model.backbone, self.dtype)
 
     @cached_property
-    def all_kept(self) -> timing.Reference:
+    def all_kept(self) -> tolerance.Reference:
         """What a complete network has to compute."""
-        return timing.make_reference(self.model.backbone, self.images, None, self.dtype)
+        return tolerance.make_reference(self.model.backbone, self.images, None, self.dtype)
 
     @cached_property
-    def at_decisions(self) -> timing.Reference:
+    def at_decisions(self) -> tolerance.Reference:
         """What the backbone has to compute at the decisions."""
-        return timing.make_reference(self.model.backbone, self.images, self.decisions, self.dtype)
+        return tolerance.make_reference(
+            self.model.backbone, self.images, self.decisions, self.dtype
+        )
 
     @cached_property
-    def policy_logits(self) -> timing.Reference:
+    def policy_logits(self) -> tolerance.Reference:
         """What the policy network has to compute."""
-        return timing.make_policy_reference(self.model.policy, self.images, self.dtype)
+        return tolerance.make_policy_reference(self.model.policy, self.images, self.dtype)
 
     def check_own(self, name: str, output: Output) -> None:
         """Raise unless an engine decided as the policy network does, and is right at that.
@@ -100,7 +102,7 @@ class Workload:
         if torch.equal(output.decisions, self.decisions):
             reference = self.at_decisions
         else:
-            reference = timing.make_reference(
+            reference = tolerance.make_reference(
                 self.model.backbone, self.images, output.decisions, self.dtype
             )
         reference.check(name, output.logits)
@@ -350,7 +352,7 @@ def fit_policy(workload: Workload) -> Workload:
     trunk = copy.deepcopy(model.policy)
     trunk.network.fc = nn.Identity()
     with torch.no_grad():
-        rows = images.to(head.weight.dtype).split(timing.REFERENCE_CHUNK)
+        rows = images.to(head.weight.dtype).split(tolerance.REFERENCE_CHUNK)
         features = torch.cat([trunk.logits(part) for part in rows]).double().cpu()
         mean = features.mean(0)
         centred, target = features - mean, 2 * decisions.double().cpu() - 1

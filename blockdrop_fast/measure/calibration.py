@@ -16,6 +16,7 @@ from blockdrop_fast.executors.gather_graph import DTYPES as GRAPH_DTYPES
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.baselines import captured
+from blockdrop_fast.measure.tolerance import make_reference
 from blockdrop_fast.networks.folding import FoldedNetwork
 from blockdrop_fast.networks.resnet import ResNet
 
@@ -75,7 +76,7 @@ def calibrate(
         for keep in keep_rates
     }
     references = {
-        keep: timing.make_reference(subject.backbone, images, given, images.dtype)
+        keep: make_reference(subject.backbone, images, given, images.dtype)
         for keep, given in decisions.items()
     }
 

@@ -15,7 +15,7 @@ import torch
 
 from blockdrop_fast.commands import benchmark
 from blockdrop_fast.machine import machine_info
-from blockdrop_fast.measure import baselines, timing
+from blockdrop_fast.measure import baselines, tolerance
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,7 +94,7 @@ def make_cells(names: dict[str, object]) -> list:
 
 
 def test_a_failed_cell_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    wrong = timing.WrongLogitsError("walk: logits are off")
+    wrong = tolerance.WrongLogitsError("walk: logits are off")
     gone = baselines.UnavailableError("not here")
     outcomes = {"a": wrong, "b": gone, "c": gpu.OutOfTime(), "d": {"batch": 3}}
     monkeypatch.setattr(gpu, "plan_cells", lambda *_: make_cells(outcomes))

@@ -15,7 +15,7 @@ from blockdrop_fast.executors import choice, gather_graph
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Way, padded_batch
 from blockdrop_fast.executors.recording import Recorded
-from blockdrop_fast.measure.timing import make_reference
+from blockdrop_fast.measure.tolerance import make_reference
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.networks.resnet import ResNetConfig
 from tests.random_networks import (

@@ -15,7 +15,7 @@ import torch
 import blockdrop_fast as bdf
 from blockdrop_fast import triton_kernels
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Launch
-from blockdrop_fast.measure.timing import make_reference
+from blockdrop_fast.measure.tolerance import make_reference
 from blockdrop_fast.networks.resnet import ResNetConfig
 from tests.gpu.conditions import on_gpu
 from tests.random_networks import make_decisions, make_network, make_policy, random_images

@@ -13,7 +13,7 @@ import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
-from blockdrop_fast.measure.timing import make_reference
+from blockdrop_fast.measure.tolerance import make_reference
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.ops import (
     gathered_conv_,

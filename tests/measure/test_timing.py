@@ -15,7 +15,7 @@ import torch
 import blockdrop_fast as bdf
 from blockdrop_fast.commands import benchmark, cli
 from blockdrop_fast.machine import machine_info
-from blockdrop_fast.measure import baselines, timing
+from blockdrop_fast.measure import baselines, timing, tolerance
 from blockdrop_fast.measure.published import PUBLISHED, fits, published_decisions
 from blockdrop_fast.networks.folding import fold_network
 
@@ -74,7 +74,7 @@ def test_a_wrong_contender_is_not_timed(workload, kind, fault):
         return logits[:, :-1] if fault == "shape" else logits
 
     batches = timing.chunks(32, workload.images, workload.decisions)
-    with pytest.raises(timing.WrongLogitsError, match=r"^wrong: "):
+    with pytest.raises(tolerance.WrongLogitsError, match=r"^wrong: "):
         timing.time_contenders(
             [timing.Contender("wrong", wrong, kind)],
             batches,
@@ -98,7 +98,7 @@ def test_a_contender_that_decides_wrongly_is_not_timed(workload, fault):
     workload = benchmark.fit_policy(workload)
     assert workload.policy_logits.logits.max() > workload.policy_logits.tolerance
     batches = timing.chunks(64, workload.images, workload.decisions)
-    with pytest.raises(timing.WrongLogitsError, match=r"^wrong: "):
+    with pytest.raises(tolerance.WrongLogitsError, match=r"^wrong: "):
         timing.time_contenders(
             [timing.Contender("wrong", call, "decides")],
             batches,
@@ -153,11 +153,11 @@ def test_workloads_share_engines_and_what_is_slow_to_build(workload, monkeypatch
 
 
 def test_reference_in_chunks(workload, monkeypatch):
-    whole = timing.make_reference(
+    whole = tolerance.make_reference(
         workload.model.backbone, workload.images, workload.decisions, torch.float32
     )
-    monkeypatch.setattr(timing, "REFERENCE_CHUNK", 24)
-    split = timing.make_reference(
+    monkeypatch.setattr(tolerance, "REFERENCE_CHUNK", 24)
+    split = tolerance.make_reference(
         workload.model.backbone, workload.images, workload.decisions, torch.float32
     )
     torch.testing.assert_close(split.logits, whole.logits, rtol=1e-12, atol=1e-12)
@@ -239,7 +239,7 @@ def test_baselines_run_other_architectures(backbone, name):
         call = getattr(baselines, name)(folded, images)
     with torch.inference_mode():
         logits = call(images, None)
-    timing.make_reference(backbone, images, None, torch.float32).check(name, logits)
+    tolerance.make_reference(backbone, images, None, torch.float32).check(name, logits)
 
 
 class FakeGraph:
