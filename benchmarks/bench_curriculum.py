@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 import blockdrop_fast as bdf
-from blockdrop_fast.commands.benchmark import make_workload
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.baselines import masked_forward
 from blockdrop_fast.measure.tolerance import make_reference
+from blockdrop_fast.measure.workload import make_workload
 from train.config import Curriculum
 from train.reward import curriculum_step, forced_blocks
 

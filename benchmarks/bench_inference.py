@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from blockdrop_fast.commands.benchmark import (
-    BATCHES,
-    CONTENDERS,
-    NETWORKS,
-    contender_names,
-    make_workload,
-    measure,
-    plan_runs,
-)
+from blockdrop_fast.commands.benchmark import BATCHES, plan_runs
+from blockdrop_fast.measure.contenders import CONTENDERS, contender_names, measure
 from blockdrop_fast.measure.published import PUBLISHED
+from blockdrop_fast.measure.workload import NETWORKS, make_workload
 
 DECISIONS = Path(__file__).with_name("decisions")
 

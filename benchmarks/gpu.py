@@ -28,13 +28,14 @@ from pathlib import Path
 
 import torch
 
-from blockdrop_fast.commands import benchmark
-from blockdrop_fast.commands.benchmark import UnavailableError, Workload
 from blockdrop_fast.engine import compile
 from blockdrop_fast.executors import crossover
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import baselines, calibration
+from blockdrop_fast.measure.baselines import UnavailableError
+from blockdrop_fast.measure.contenders import LEGEND, Row, build, format_rows, measure
+from blockdrop_fast.measure.workload import Workload, fit_policy, make_workload, random_workload
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet_cifar
 
@@ -55,7 +56,7 @@ CIFAR = (
 )
 CIFAR_COMPILED = ("compile", "cudnn-graph", "walk-decides", "walk-all")
 IMAGENET = ("eager", "cudnn-graph", "authors", "dense", "gather-decides", "gather-all")
-GATHER_LAUNCHES = ("gather-decides", "gather-universal", "gather-conditional")
+GATHER_LAUNCHES = ("gather-decides", "gather-universal")
 IMAGENET_LAUNCHES = (*IMAGENET[:-2], *GATHER_LAUNCHES, "gather-all")
 IMAGENET_COMPILED = ("compile", "cudnn-graph", "gather-decides", "gather-all")
 RANDOM = ("eager", "cudnn-graph", "authors", "dense", "gather")
@@ -143,7 +144,7 @@ class Bench:
         key = (family,)
         if key not in self._workloads:
             make = _tiny if self.scale.rehearsal else _published
-            self._workloads[key] = benchmark.fit_policy(make(family, self.scale))
+            self._workloads[key] = fit_policy(make(family, self.scale))
         return self._workloads[key]
 
     # ------------------------------------------------------------------ what cells run
@@ -152,9 +153,7 @@ class Bench:
         """A round-robin of contenders."""
         batch = self.scale.batch(size)
         workload = self.workload(family, batch, decisions)
-        measured = benchmark.measure(
-            workload, batch, contenders, rounds=self.scale.rounds, host=size == 1
-        )
+        measured = measure(workload, batch, contenders, rounds=self.scale.rounds, host=size == 1)
         usage = workload.decisions.sum(1).double()
         return {
             "batch": batch,
@@ -205,7 +204,7 @@ class Bench:
         images, result = workload.images[:batch], {"batch": batch}
         for name in contenders:
             try:
-                call = workload.build(name, images)
+                call = build(name, workload, images)
             except UnavailableError as error:
                 result[name] = str(error)
                 continue
@@ -224,7 +223,7 @@ class Bench:
         batches = tuple(self.scale.batch(size) for size in sizes)
         workload = self.workload(family, 1, "published")
         cells = calibration.calibrate(
-            benchmark.calibration_subject(workload),
+            calibration.subject_of(workload),
             tuple(dict.fromkeys(batches)),
             rounds=max(2, self.scale.rounds // 2),
         )
@@ -236,9 +235,7 @@ class Bench:
 
 def _published(family: str, scale: Scale) -> Workload:
     network = {"cifar": "resnet110", "imagenet": "resnet101"}[family]
-    return benchmark.make_workload(
-        network, scale.images[family], device=scale.device, dtype=scale.dtype
-    )
+    return make_workload(network, scale.images[family], device=scale.device, dtype=scale.dtype)
 
 
 def _tiny(family: str, scale: Scale) -> Workload:
@@ -250,7 +247,7 @@ def _tiny(family: str, scale: Scale) -> Workload:
         backbone = ResNet(config)
     decisions = torch.rand(scale.images[family], backbone.num_blocks) < 0.6
     size = {"cifar": 32, "imagenet": 96}[family]
-    return benchmark.random_workload("tiny", backbone, decisions, size, scale.device, scale.dtype)
+    return random_workload("tiny", backbone, decisions, size, scale.device, scale.dtype)
 
 
 def _peak(make: Callable[[], Callable[[], object]]) -> dict[str, int]:
@@ -461,7 +458,6 @@ def requirements(results: Mapping[str, dict]) -> list[Requirement]:
         "walk": ("cifar waits", "walk-decides", 0, ""),
         "gather": ("imagenet waits", "gather-decides", 1, " (the copy of K counts)"),
         "gather, launch='universal'": ("imagenet waits", "gather-universal", 0, ""),
-        "gather, launch='conditional'": ("imagenet waits", "gather-conditional", 0, ""),
     }
     for name, (cell, contender, allowed, remark) in waiting.items():
         result = results.get(cell, {"why": "left out"})
@@ -490,8 +486,8 @@ def describe(content: Mapping) -> str:
         if "why" in result:
             lines.append(result["why"])
         elif "rows" in result:
-            rows = [benchmark.Row(**one) for one in result["rows"]]
-            lines.append(benchmark.format_rows(rows))
+            rows = [Row(**one) for one in result["rows"]]
+            lines.append(format_rows(rows))
             lines += [f"not timed: {who} ({why})" for who, why in result["unavailable"].items()]
             lines += [f"engine {which}: {reason}" for which, reason in result["engines"].items()]
             lines += [
@@ -507,7 +503,7 @@ def describe(content: Mapping) -> str:
         else:
             lines += [f"{key}: {value}" for key, value in result.items()]
         lines.append("")
-    lines += [benchmark.LEGEND, ""]
+    lines += [LEGEND, ""]
     if content["left_out"]:
         lines += [f"left out, run again to go on: {', '.join(content['left_out'])}", ""]
     prefix = "rehearsal, no claim: " if content["rehearsal"] else ""

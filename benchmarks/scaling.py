@@ -21,10 +21,10 @@ import torch
 import tyro
 
 from blockdrop_fast import heuristics
-from blockdrop_fast.commands import benchmark
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure import timing
-from blockdrop_fast.measure.tolerance import make_reference
+from blockdrop_fast.measure.tolerance import CHECKED_IMAGES, make_reference
+from blockdrop_fast.measure.workload import make_workload
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def measure(arguments: Arguments) -> dict:
 
     Before timing, the logits of every case of 64 images or more are checked.
     """
-    workload = benchmark.make_workload(arguments.network, max(arguments.batches))
+    workload = make_workload(arguments.network, max(arguments.batches))
     engine = workload.engine(arguments.strategy)
     images, decisions = workload.images, workload.decisions
     segments = workload.model.backbone.config.layers
@@ -60,7 +60,7 @@ def measure(arguments: Arguments) -> dict:
     cases = {("batch", size): (images[:size], decisions[:size]) for size in arguments.batches}
     cases |= {("kept", keep): (images[: arguments.batch], by_kept[keep]) for keep in kept}
     for case, (inputs, keep) in cases.items():
-        if len(inputs) < benchmark.CHECKED_IMAGES:
+        if len(inputs) < CHECKED_IMAGES:
             continue  # The tolerance is meant for 64 images on, and smaller batches are slices.
         reference = make_reference(workload.model.backbone, inputs, keep, inputs.dtype)
         reference.check(f"{arguments.strategy}, {case}", engine.run(inputs, keep))

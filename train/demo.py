@@ -21,9 +21,10 @@ import matplotlib.pyplot as plt
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast.commands import benchmark
 from blockdrop_fast.files import atomic_write
+from blockdrop_fast.measure.contenders import measure
 from blockdrop_fast.measure.evaluation import Evaluation
+from blockdrop_fast.measure.workload import load_workload
 from train.config import Curriculum, Demo, Finetune, Pretrain
 from train.curriculum import curriculum
 from train.finetune import finetune
@@ -32,7 +33,7 @@ from train.pretrain import pretrain
 
 FULL, FULL_ENGINE = "full, PyTorch", "full, this engine"
 AUTHORS, OURS = "BlockDrop, masked", "BlockDrop, skipped"
-# Row of the table -> contender of blockdrop_fast.benchmark (for the engine's strategy, which is
+# Row of the table -> contender of measure.contenders (for the engine's strategy, which is
 # the walk wherever the extension was built), and what the row says of it.
 CONTENDERS = {
     FULL: ("eager", "complete ResNet-32, batch norm folded, channels-last"),
@@ -145,15 +146,13 @@ def _measure(
     config: Demo, checkpoint: Path, strategy: str, evaluations: dict[str, Evaluation]
 ) -> tuple[list[Line], dict]:
     """Time the contenders, right logits first, on test images at the policy's decisions."""
-    workload = benchmark.load_workload(checkpoint, max(config.batches), config.data)
+    workload = load_workload(checkpoint, max(config.batches), config.data)
     contenders = {
         name: contender.format(strategy=strategy) for name, (contender, _) in CONTENDERS.items()
     }
     seconds: dict[str, dict[int, float]] = {name: {} for name in CONTENDERS}
     for batch in config.batches:
-        measured = benchmark.measure(
-            workload, batch, list(contenders.values()), rounds=7, min_seconds=2.0
-        )
+        measured = measure(workload, batch, list(contenders.values()), rounds=7, min_seconds=2.0)
         rows = {row.contender: row for row in measured.rows}
         for name, contender in contenders.items():
             seconds[name][batch] = rows[contender].seconds

@@ -15,8 +15,9 @@ from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import DTYPES as GRAPH_DTYPES
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor
 from blockdrop_fast.measure import timing
-from blockdrop_fast.measure.baselines import captured
+from blockdrop_fast.measure.baselines import UnavailableError, captured
 from blockdrop_fast.measure.tolerance import make_reference
+from blockdrop_fast.measure.workload import Workload
 from blockdrop_fast.networks.folding import FoldedNetwork
 from blockdrop_fast.networks.resnet import ResNet
 
@@ -42,6 +43,15 @@ class Subject:
     folded: FoldedNetwork
     images: Tensor
     walk: Run | None
+
+
+def subject_of(workload: Workload) -> Subject:
+    """What ``calibrate`` needs of a workload."""
+    try:
+        walk = workload.engine("walk").run
+    except UnavailableError:
+        walk = None
+    return Subject(workload.model.backbone, workload.folded, workload.images, walk)
 
 
 def calibrate(

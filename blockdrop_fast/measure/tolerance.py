@@ -18,6 +18,8 @@ from blockdrop_fast.networks.resnet import ResNet
 
 # Images of one float64 pass: all layers of ResNet-101 take some gigabytes at this many.
 REFERENCE_CHUNK = 64
+# So many images at least, and the error of eager PyTorch on them means something.
+CHECKED_IMAGES = 64
 
 
 class WrongLogitsError(AssertionError):

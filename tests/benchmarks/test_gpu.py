@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockdrop_fast.commands import benchmark
 from blockdrop_fast.machine import machine_info
-from blockdrop_fast.measure import baselines, tolerance
+from blockdrop_fast.measure import baselines, contenders, tolerance
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +36,7 @@ gpu = _load_gpu()
 def no_compiler(monkeypatch):
     """torch.compile takes half a minute for these networks: eager stands in for it."""
     eager = ("baseline", lambda workload, _: baselines.torch_eager(workload.folded))
-    monkeypatch.setitem(benchmark.CONTENDERS, "compile", eager)
+    monkeypatch.setitem(contenders.CONTENDERS, "compile", eager)
 
 
 def run(folder: Path, **more: str) -> tuple[int, dict, str]:

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast.commands import benchmark
 from blockdrop_fast.executors import crossover
 from blockdrop_fast.executors.crossover import NEVER, Cell, Crossover
-from blockdrop_fast.measure import calibration
 
 CONFIG = bdf.resnet_cifar(8).config
 
@@ -161,89 +159,3 @@ def test_an_unspoiled_file_is_read(cache, recwarn):
     cache.write_text(spoiled(lambda *_: None))
     assert crossover.load(CONFIG, torch.float32, "cpu").dense_from(1) == NEVER
     assert not recwarn.list
-
-
-@pytest.fixture
-def subject() -> calibration.Subject:
-    torch.manual_seed(0)
-    keep = torch.rand(64, 3) < 0.5
-    workload = benchmark.random_workload("resnet8", bdf.resnet_cifar(8), keep, 8)
-    return benchmark.calibration_subject(workload)
-
-
-@pytest.mark.slow
-def test_calibrate_measures_every_cell(subject):
-    lines = []
-    cells = calibration.calibrate(
-        subject, (1, 16), keep_rates=(0.34, 0.67, 1.0), rounds=2, say=lines.append
-    )
-    assert [(cell.batch, cell.keep) for cell in cells] == [
-        (batch, keep) for batch in (1, 16) for keep in (0.34, 0.67, 1.0)
-    ]
-    expected = {"dense", "gather", "auto"} | ({"walk"} if subject.walk else set())
-    for cell in cells:
-        assert set(cell.seconds) == expected
-        assert all(value > 0 for value in cell.seconds.values())
-    assert len(lines) == 1 + len(cells)
-    assert table(*cells).walk_wins(16) is (None if subject.walk is None else cells_won(cells, 16))
-
-
-def cells_won(cells, batch):
-    return all(
-        cell.seconds["walk"] <= min(cell.seconds["dense"], cell.seconds["gather"])
-        for cell in cells
-        if cell.batch == batch
-    )
-
-
-@pytest.mark.parametrize("slow", ["gather", "dense"])
-def test_auto_is_measured_where_dense_wins_somewhere(subject, monkeypatch, slow):
-    """Times are made up here: only which strategies are asked for, and what becomes of them."""
-    asked = []
-
-    def fake(contenders, *_, **__):
-        names = [contender.name for contender in contenders]
-        asked.append(names)
-        seconds = {name: 2.0 if name == slow else 1.0 for name in names}
-        return timing_of(seconds)
-
-    def timing_of(seconds):
-        samples = {name: [value] for name, value in seconds.items()}
-        return calibration.timing.Timed(samples, {}, {})
-
-    monkeypatch.setattr(calibration.timing, "time_contenders", fake)
-    without_walk = calibration.Subject(subject.backbone, subject.folded, subject.images, None)
-    cells = calibration.calibrate(
-        without_walk, (8,), keep_rates=(0.5, 1.0), rounds=1, say=lambda _: None
-    )
-    first = [["dense", "gather"]] * 2
-    assert asked == first + ([["dense", "auto"]] * 2 if slow == "gather" else [])
-    assert [cell.seconds["auto"] for cell in cells] == [1.0, 1.0]
-
-
-def test_verdict_names_the_worst_cell():
-    cells = [
-        Cell(1, 0.5, {"dense": 1.0, "gather": 0.5, "auto": 0.5}),
-        Cell(8, 1.0, {"dense": 2.0, "gather": 2.1, "auto": 2.1}),
-    ]
-    assert calibration.verdict(cells[:1]).startswith("no cell is slower")
-    assert "a cell is slower" in calibration.verdict(cells)
-    assert "1.050 of its time (batch 8, keep rate 1.000)" in calibration.verdict(cells)
-
-
-@pytest.mark.slow
-def test_command_remembers_what_it_measures(cache, tmp_path, capsys):
-    torch.manual_seed(0)
-    model = bdf.BlockDrop(bdf.resnet_cifar(8), bdf.policy_resnet8(3)).eval()
-    benchmark._settle(model.backbone)
-    path, copy = tmp_path / "small.safetensors", tmp_path / "copy.json"
-    bdf.save(model, path)
-    benchmark.command(str(path), batch=(16,), quick=True, calibrate=True, json=copy)
-    printed = capsys.readouterr().out
-    assert "slower than dense by more than 3 %" in printed
-    assert str(copy) in printed
-    found = crossover.load(model.backbone.config, torch.float32, "cpu")
-    assert {cell.batch for cell in found.cells} == {16}
-    assert json.loads(copy.read_text())["entries"] == json.loads(cache.read_text())["entries"]
-    with pytest.raises(ValueError, match="contenders: --calibrate has its own"):
-        benchmark.command(str(path), calibrate=True, contenders=("eager",))
