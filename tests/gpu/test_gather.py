@@ -29,13 +29,6 @@ CALLS = 5  # the universal way, the pattern's own, its capture, replays
 make_images = partial(random_images, size=64, device="cuda")
 
 
-@pytest.fixture(autouse=True)
-def _poison_free_memory():
-    """What kernels forget to write, or read without need, is NaN."""
-    poison = torch.full((1 << 28,), torch.nan, device="cuda")
-    del poison
-
-
 def make_model(config=BOTTLENECK, pool: int = 2):
     images = make_images(64, torch.float32).cpu()
     policy = make_policy(sum(config.layers), images, pool=pool)

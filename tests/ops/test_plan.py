@@ -1,5 +1,7 @@
 """The op `plan`: compiled kernel, reference and definition agree exactly."""
 
+import collections
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,20 +76,31 @@ def test_kernel_split_over_threads(threads):
 
 
 @needs_extension
-def test_kernel_writes_every_element(monkeypatch):
-    # PyTorch then fills what it allocates with the largest integer.
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        poisoned = torch.empty(1, dtype=torch.int32).item()
-        assert poisoned == torch.iinfo(torch.int32).max
-        for keep in (0.0, 0.5, 1.0):
-            indices, counts, order = ops.plan(random_decisions(65, 54, keep, seed=1))
-            assert poisoned not in indices
-            assert poisoned not in counts
-            assert poisoned not in order
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_kernel_writes_every_element():
+    poisoned = torch.empty(1, dtype=torch.int32).item()
+    assert poisoned == torch.iinfo(torch.int32).max
+    for keep in (0.0, 0.5, 1.0):
+        for result in ops.plan(random_decisions(65, 54, keep, seed=1)):
+            assert poisoned not in result
+
+
+@needs_extension
+def test_memory_of_kernels_is_poisoned():
+    """What C++ allocates is filled: at::empty is followed by a fill that otherwise is not there."""
+
+    def count_calls():
+        with torch.profiler.profile() as profile:
+            ops.plan(decisions)
+        calls = collections.Counter()
+        for event in profile.key_averages():
+            calls[event.key] += event.count
+        return calls["aten::empty"], calls["aten::fill_"]
+
+    decisions = random_decisions(65, 54, 0.5, seed=1)
+    allocations, fills = count_calls()
+    torch.use_deterministic_algorithms(False)
+    assert count_calls() == (allocations, fills - allocations)
+    assert allocations >= 3
 
 
 @pytest.mark.parametrize("plan", [ops.plan, ops.plan_reference])
