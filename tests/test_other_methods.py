@@ -1,43 +1,18 @@
 """docs/other-methods.md: its snippets run, and every run in it is the reference's."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import blockdrop_fast as bdf
 from blockdrop_fast.measure.tolerance import make_reference
-
-PAGE = Path(__file__).parent.parent / "docs" / "other-methods.md"
-
-
-def snippets() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+from tests.snippets import check_run, run_snippets
 
 
 @pytest.fixture(scope="module")
 def page():
     """The names that the page's snippets leave behind, and each engine run in them."""
-    runs = []
-
-    def recording(method):
-        def call(self, images, *decisions):
-            result = method(self, images, *decisions)
-            runs.append((self, images, *decisions, result))
-            return result
-
-        return call
-
-    names = {"runs": runs}
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        torch.manual_seed(0)
-        for method in ("run", "run_sets", "__call__"):
-            patch.setattr(bdf.Engine, method, recording(getattr(bdf.Engine, method)))
-        for number, snippet in enumerate(snippets()):
-            exec(compile(snippet, f"{PAGE.name}, snippet {number}", "exec"), names)
-    return names
+    return run_snippets("docs/other-methods.md")
 
 
 @pytest.mark.slow
@@ -45,13 +20,8 @@ def test_every_run_is_the_reference_s(page):
     shapes = [tuple(decisions.shape) for _, _, *given, _ in page["runs"] for decisions in given]
     assert len(page["runs"]) == 7
     assert len(shapes) == 6  # one keeps all blocks
-    for engine, images, *given, result in page["runs"]:
-        logits = result.logits if isinstance(result, bdf.Output) else result
-        decisions = given[0].bool() if given else None
-        if logits.ndim == 3:  # of several sets, the last, whose prefixes are shared
-            assert len(logits) == len(decisions)
-            logits, decisions = logits[-1], decisions[-1]
-        make_reference(engine.backbone, images, decisions, engine.dtype).check("engine", logits)
+    for run in page["runs"]:
+        check_run(*run)
 
 
 def test_survival_falls_to_one_half(page):
