@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,8 @@ def test_install_without_kernels_runs_on_references(source_tree, tmp_path):
         # An editable install of this environment would offer its own _C for the missing one.
         "import sys\n"
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        # These belong to extras.
+        "sys.modules.update(dict.fromkeys(['tyro', 'matplotlib', 'tqdm', 'tensorboard']))\n"
         "import torch, blockdrop_fast\n"
         "from blockdrop_fast import ops\n"
         "from blockdrop_fast.commands.info import info\n"
@@ -74,6 +77,9 @@ def test_install_without_kernels_runs_on_references(source_tree, tmp_path):
     assert path.startswith(str(target))
     assert counts == "[3, 3]"
     assert "BLOCKDROP_BUILD=none" in why_not
+    (metadata,) = target.glob("*.dist-info/METADATA")
+    requires = re.findall(r"(?m)^Requires-Dist: ([\w-]+)[^;\n]*$", metadata.read_text())
+    assert sorted(requires) == ["Pillow", "numpy", "safetensors", "scikit-learn", "torch"]
 
 
 def test_no_torch_names_the_remedy(source_tree):

@@ -1,4 +1,7 @@
-"""The command ``blockdrop``: one subcommand a module, imported only when it is called."""
+"""The command ``blockdrop``: one subcommand a module, imported only when it is called.
+
+What subcommands import beside the library is the extra ``cli``.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-
-import tyro
 
 import blockdrop_fast
 
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``blockdrop`` with these arguments (default: the command line's).
 
     Returns:
-        The exit status: 0; 1 if the subcommand met bad input; 2 if the call itself was wrong.
+        The exit status: 0; 1 if the subcommand met bad input or cannot be imported; 2 if the call
+        itself was wrong.
     """
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
@@ -42,7 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"blockdrop: unknown command {name!r}\n\n{_usage()}", file=sys.stderr)
         return 2
     module, _ = COMMANDS[name]
-    command = import_module(module).command
+    try:
+        import tyro
+
+        command = import_module(module).command
+    except ModuleNotFoundError as error:
+        hint = "pip install 'blockdrop_fast[cli]'"
+        print(f"blockdrop {name}: error: {error.name} is not installed; {hint}", file=sys.stderr)
+        return 1
     try:
         tyro.cli(command, prog=f"blockdrop {name}", args=rest)
     except (ValueError, TypeError, OSError) as error:

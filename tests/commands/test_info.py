@@ -125,6 +125,22 @@ def test_command_line_help_and_unknown_command(capsys):
     assert "frobnicate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [("info", "tyro"), ("visualize", "matplotlib.axes"), ("evaluate", "tyro")],
+)
+def test_command_line_names_the_extra_that_is_missing(command, missing, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, f"blockdrop_fast.commands.{command}", raising=False)
+    assert cli.main([command, "--help"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (
+        f"blockdrop {command}: error: {missing} is not installed; "
+        "pip install 'blockdrop_fast[cli]'\n"
+    )
+
+
 def test_command_line_reports_bad_input_in_one_line(monkeypatch, capsys):
     def command() -> None:
         raise ValueError("images: expected 4 dimensions, got 3")
