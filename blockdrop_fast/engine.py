@@ -6,6 +6,7 @@ images -> policy network -> decisions -> plan -> executor (walk | gather | dense
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from blockdrop_fast.executors.crossover import Crossover
 from blockdrop_fast.executors.gather_graph import Launch
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
 from blockdrop_fast.networks.folding import fold_network
-from blockdrop_fast.networks.policy import threshold
+from blockdrop_fast.networks.policy import decisions_of
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 
 Strategy = Literal["auto", "walk", "gather", "dense"]
@@ -84,13 +85,15 @@ class Engine:
         self._choice = choose(network, self._asked, self._launch, self._measured())
         executor = self._choice.executor
         self.strategy, self.strategy_reason = executor.strategy, self._choice.reason
-        self._policy_logits, self._executor_decides = None, False
+        self._policy_logits, self._menu, self._executor_decides = None, None, False
         if isinstance(self.model, BlockDrop):
             self._policy_pool = self.model.policy.input_pool
             policy = fold_network(self.model.policy.network, self.dtype)
             self._policy_config = policy.config
             self._policy_logits = choose_policy(policy, executor)
-            self._executor_decides = executor.set_policy(policy, self._policy_pool)
+            self._menu = copy.deepcopy(self.model.policy.menu)
+            if self._menu is None:  # executors decide by thresholds
+                self._executor_decides = executor.set_policy(policy, self._policy_pool)
 
     def _measured(self) -> Crossover | None:
         """The measured table for this network here; read again only when one of these changes."""
@@ -105,32 +108,37 @@ class Engine:
         return self.model.backbone if isinstance(self.model, BlockDrop) else self.model
 
     @_exactly
-    def __call__(self, images: Tensor) -> Output:
+    def __call__(self, images: Tensor, budget: float | None = None) -> Output:
         """Decide and execute; a bare backbone has no policy and keeps all blocks.
 
         Args:
             images: (B, 3, H, W) normalised, of the engine's dtype and device; B may be 0.
+            budget: mean kept blocks, of a policy network that chooses from a menu; None: its own.
 
         Returns:
             ``Output(logits (B, num_classes), decisions (B, K) bool)``.
 
         Raises:
-            TypeError, ValueError: see ``blockdrop_fast.decisions.check_images``.
+            TypeError, ValueError: see ``blockdrop_fast.decisions.check_images``; a budget that the
+                policy network cannot meet.
         """
         self._check(images)
-        if len(images) > 0 and self._executor_decides:
+        if len(images) > 0 and self._executor_decides and budget is None:
             executor = self._choice.for_batch(len(images))
             if executor is self._choice.executor:
                 self._check_policy_size(images)
                 return Output(*executor.run_policy(images))
-        decisions = self._decide(images)
+        decisions = self._decide(images, budget)
         return Output(self._execute(images, decisions), decisions)
 
     @_exactly
-    def decide(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images -> (B, K) bool, the policy's decisions; all kept without a policy."""
+    def decide(self, images: Tensor, budget: float | None = None) -> Tensor:
+        """(B, 3, H, W) images -> (B, K) bool, the policy's decisions; all kept without a policy.
+
+        Args and errors: as of a call.
+        """
         self._check(images)
-        return self._decide(images)
+        return self._decide(images, budget)
 
     @_exactly
     def probabilities(self, images: Tensor) -> Tensor:
@@ -145,7 +153,8 @@ class Engine:
                 "probabilities: this engine was compiled from a bare backbone, "
                 "which has no policy network"
             )
-        return self._logits_of_policy(images).sigmoid()
+        logits = self._logits_of_policy(images)
+        return logits.sigmoid() if self._menu is None else self._menu.choose(logits).to(logits)
 
     @_exactly
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
@@ -204,11 +213,13 @@ class Engine:
             values=self._validate or images.device.type == "cpu",
         )
 
-    def _decide(self, images: Tensor) -> Tensor:
+    def _decide(self, images: Tensor, budget: float | None) -> Tensor:
+        if self._policy_logits is None and budget is not None:
+            raise ValueError(f"budget: a bare backbone has no policy network, got {budget}")
         if self._policy_logits is None or len(images) == 0:
             shape = (len(images), self.config.num_blocks)
             return torch.ones(shape, dtype=torch.bool, device=images.device)
-        return threshold(self._logits_of_policy(images))
+        return decisions_of(self._logits_of_policy(images), self._menu, budget)
 
     def _logits_of_policy(self, images: Tensor) -> Tensor:
         self._check_policy_size(images)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from blockdrop_fast.networks.policy import PolicyNetwork, threshold
+from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNet
 
 
@@ -39,7 +39,11 @@ class BlockDrop(nn.Module):
         self.backbone = backbone
         self.policy = policy
 
-    def forward(self, images: Tensor) -> Output:
-        """(B, 3, H, W) normalised images -> logits at the policy's thresholded decisions."""
-        decisions = threshold(self.policy.logits(images))
+    def forward(self, images: Tensor, budget: float | None = None) -> Output:
+        """(B, 3, H, W) normalised images -> logits at the policy's decisions.
+
+        Args:
+            budget: mean kept blocks, of a policy network with a menu; see ``PolicyNetwork.decide``.
+        """
+        decisions = self.policy.decide(images, budget)
         return Output(self.backbone(images, decisions), decisions)

@@ -12,6 +12,7 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from blockdrop_fast.data.image_sets import (
 )
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, ShortcutKind
 
@@ -462,9 +464,30 @@ def _own_policy(tensors: Tensors, metadata: Mapping, path: Path) -> PolicyNetwor
     config = _override(_infer_config(part, False, where), stored, where)
     network = _build_network(config, part, where)
     try:
-        return PolicyNetwork(network, input_pool)
-    except ValueError as error:
+        menu = None
+        if metadata["policy"].get("menu") is not None:
+            menu = _own_menu(tensors, metadata["policy"]["menu"])
+        return PolicyNetwork(network, input_pool, menu)
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from None
+
+
+def _own_menu(tensors: Tensors, stored: Mapping) -> Menu:
+    """A policy network's menu.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not what ``save`` writes.
+    """
+    menu = Menu(tensors["policy.menu.sets"])
+    prices, usages = (tuple(map(float, stored[name])) for name in ("prices", "usages"))
+    table = list(zip(prices, usages, strict=True))
+    if any(not (p < q and u > v) for (p, u), (q, v) in pairwise(table)):
+        raise ValueError("menu: expected ascending prices and descending usages")
+    menu.prices, menu.usages = prices, usages
+    if stored["budget"] is not None:
+        menu.price(float(stored["budget"]))
+        menu.budget = float(stored["budget"])
+    return menu
 
 
 def load(path: str | os.PathLike) -> BlockDrop:
@@ -532,7 +555,12 @@ def save(model: BlockDrop | ResNet, path: str | os.PathLike) -> None:
         "format_version": FORMAT_VERSION,
         "backbone": backbone.config.to_dict(),
         "policy": policy
-        and {"network": policy.network.config.to_dict(), "input_pool": policy.input_pool},
+        and {
+            "network": policy.network.config.to_dict(),
+            "input_pool": policy.input_pool,
+            "menu": policy.menu
+            and {name: getattr(policy.menu, name) for name in ("prices", "usages", "budget")},
+        },
         "normalization": backbone.normalization and backbone.normalization.to_dict(),
     }
     tensors = {

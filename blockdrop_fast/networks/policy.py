@@ -1,4 +1,4 @@
-"""Policy networks: an image -> the probability of keeping each residual block."""
+"""Policy networks: an image -> which residual blocks to keep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockdrop_fast.decisions import check_images
+from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 
 
@@ -15,22 +16,36 @@ class PolicyNetwork(nn.Module):
     Args:
         network: ResNet whose classifier has K outputs.
         input_pool: average pooling of the image by this factor first (1: none).
+        menu: the sets of blocks to choose from; the classifier then has an output a set, and
+            decisions can be had at any budget. None: decides on each block by itself.
+
+    Raises:
+        ValueError: a pooling below 1, or a menu of another number of sets.
     """
 
-    def __init__(self, network: ResNet, input_pool: int = 1):
+    def __init__(self, network: ResNet, input_pool: int = 1, menu: Menu | None = None):
         super().__init__()
         if input_pool < 1:
             raise ValueError(f"input_pool: expected at least 1, got {input_pool}")
+        if menu is not None and len(menu.sets) != network.config.num_classes:
+            raise ValueError(
+                f"menu: expected {network.config.num_classes} sets, an output of the network "
+                f"each, got {len(menu.sets)}"
+            )
         self.network = network
         self.input_pool = input_pool
+        self.menu = menu
 
     @property
     def num_blocks(self) -> int:
         """K, the number of blocks that this policy decides on."""
-        return self.network.config.num_classes
+        return self.network.config.num_classes if self.menu is None else self.menu.num_blocks
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, K) logits of keeping each block."""
+        """(B, 3, H, W) normalised images -> (B, K) logits of keeping each block.
+
+        With a menu: (B, M) logits of being right with each of its sets.
+        """
         if self.input_pool > 1:
             first = self.network.conv1
             check_images(
@@ -45,8 +60,34 @@ class PolicyNetwork(nn.Module):
         return self.network(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, K) probabilities s of keeping each block."""
-        return self.logits(images).sigmoid()
+        """(B, 3, H, W) normalised images -> (B, K) probabilities s of keeping each block.
+
+        With a menu, whose choice is certain: 1 for the blocks of the chosen set, else 0.
+        """
+        logits = self.logits(images)
+        return logits.sigmoid() if self.menu is None else self.menu.choose(logits).to(logits)
+
+    def decide(self, images: Tensor, budget: float | None = None) -> Tensor:
+        """(B, 3, H, W) normalised images -> (B, K) bool decisions.
+
+        Args:
+            budget: mean kept blocks, see ``Menu.choose``.
+
+        Raises:
+            ValueError: a budget of a policy network without a menu, or one that is out of reach.
+        """
+        return decisions_of(self.logits(images), self.menu, budget)
+
+
+def decisions_of(logits: Tensor, menu: Menu | None, budget: float | None = None) -> Tensor:
+    """A policy network's decisions (B, K) from its logits; arguments as of ``decide`` there."""
+    if menu is not None:
+        return menu.choose(logits, budget)
+    if budget is not None:
+        raise ValueError(
+            f"budget: this policy network decides at one usage only, expected none, got {budget}"
+        )
+    return threshold(logits)
 
 
 def threshold(logits: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""A menu of block sets for a policy network to choose from, at any budget.
+
+The policy network predicts, for every set of the menu, the probability that the backbone is right
+when it runs that set. An image gets the set with the best probability after its blocks are paid
+for, and the price of a block decides how many are used: one policy network serves every budget.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import torch
+from torch import Tensor, nn
+
+PRICES = 256  # that ``Menu.calibrate`` tries, from nothing to a probability of 1 a block
+
+
+class Menu(nn.Module):
+    """Sets of blocks, and the price of a block for each budget.
+
+    Args:
+        sets: (M, K) bool, 1 = keep, all different.
+
+    Attributes:
+        sets: as above, a buffer.
+        prices: of one block in probability of being right, ascending; empty before ``calibrate``.
+        usages: the mean kept blocks at each price, descending.
+        budget: the mean kept blocks that are chosen where no budget is asked for; None: there is
+            no such. These three are numbers on the host: a choice on a GPU does not wait.
+
+    Raises:
+        ValueError: no such sets.
+    """
+
+    def __init__(self, sets: Tensor):
+        super().__init__()
+        if sets.ndim != 2 or sets.dtype != torch.bool or len(sets) == 0:
+            raise ValueError(
+                f"sets: expected shape (M, K) bool, got {tuple(sets.shape)} {sets.dtype}"
+            )
+        if len(sets.unique(dim=0)) < len(sets):
+            raise ValueError("sets: expected different ones, got one of them twice")
+        self.register_buffer("sets", sets.clone())
+        self.prices: tuple[float, ...] = ()
+        self.usages: tuple[float, ...] = ()
+        self.budget: float | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return self.sets.shape[1]
+
+    def at_price(self, logits: Tensor, price: float) -> Tensor:
+        """(B, M) logits of being right with each set -> (B,) int64, the sets worth their price."""
+        return (logits.float().sigmoid() - price * self.sets.sum(1)).argmax(1)
+
+    def choose(self, logits: Tensor, budget: float | None = None) -> Tensor:
+        """Choose a set for each image.
+
+        Args:
+            logits: (B, M) of being right with each set.
+            budget: mean kept blocks over images like those of ``calibrate``; None: the menu's own.
+
+        Returns:
+            (B, K) bool decisions.
+
+        Raises:
+            ValueError: a budget outside of what the menu can reach, none asked for where the menu
+                has none of its own, or prices that were never calibrated.
+        """
+        return self.sets[self.at_price(logits, self.price(budget))]
+
+    def price(self, budget: float | None = None) -> float:
+        """The price of a block at a budget; arguments and errors as of ``choose``."""
+        if not self.usages:
+            raise ValueError("budget: the menu was not calibrated, so no usage is known")
+        wanted = self.budget if budget is None else budget
+        lowest, highest = self.usages[-1], self.usages[0]
+        if wanted is None or not lowest <= wanted <= highest:
+            raise ValueError(
+                f"budget: expected from {lowest:.3g} to {highest:.3g} blocks, got {wanted}"
+            )
+        if len(self.usages) == 1:
+            return self.prices[0]
+        # Usages descend: between the last that is at least what is wanted, and the next.
+        above = min(
+            bisect_right(self.usages, -wanted, key=lambda usage: -usage), len(self.usages) - 1
+        )
+        (before, after), (more, less) = (
+            values[above - 1 : above + 1] for values in (self.prices, self.usages)
+        )
+        return before + (more - wanted) / (more - less) * (after - before)
+
+    @torch.no_grad()
+    def calibrate(self, logits: Tensor, budget: float | None = None) -> None:
+        """Find the price of each budget.
+
+        Args:
+            logits: (N, M), of images that the policy network was not trained on.
+            budget: becomes the menu's own; None: leaves it.
+
+        Raises:
+            ValueError: a budget outside of what the menu reaches on these images.
+        """
+        cost = self.sets.sum(1).double()
+        table: list[tuple[float, float]] = []
+        for price in (0.0, *torch.logspace(-5, 0, PRICES - 1, dtype=torch.float64).tolist()):
+            usage = float(cost[self.at_price(logits, price)].mean())
+            # Of equal usages the first price: from one usage to the next the curve is a line.
+            if not table or usage < table[-1][1]:
+                table.append((price, usage))
+        self.prices, self.usages = zip(*table, strict=True)
+        if budget is not None:
+            self.price(budget)
+            self.budget = float(budget)
