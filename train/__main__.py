@@ -1,4 +1,4 @@
-"""``python -m train STAGE [options]``: pretrain, curriculum, finetune, heuristics, demo."""
+"""``python -m train STAGE [options]``: pretrain, expert, curriculum, finetune, heuristics, demo."""
 
 from __future__ import annotations
 

@@ -85,6 +85,34 @@ class Pretrain(Common):
 
 
 @dataclass(frozen=True)
+class Expert(Common):
+    """Train a policy network on examples: which sets of a menu are right for which image."""
+
+    out: Path = Path("runs/expert")
+    backbone: Path | None = None
+    """Backbone checkpoint (required), best one that bears dropping (pretrain --droppable)."""
+    budget: float | None = None
+    """Mean kept blocks of the model where it is asked for none; default: half of them. Others can
+    be asked for at any time."""
+    lowest: int | None = None
+    """Blocks of the menu's smallest set; default: a quarter."""
+    line_images: int = 1000
+    """Training images to choose the menu on, by greedy elimination."""
+    held_out: int = 5000
+    """Training images that are not trained on: the prices of budgets are calibrated on them."""
+    epochs: int = 6
+    batch_size: int = 128
+    lr: float = 2e-3
+    """Peak of the one-cycle schedule (AdamW)."""
+    weight_decay: float = 1e-4
+    classify: float = 1.0
+    """Weight of telling the class, too: what makes a set right for an image are the features that
+    tell what it is."""
+    value: float = 3.0
+    """Weight of predicting the sets that are right."""
+
+
+@dataclass(frozen=True)
 class Policy(Common):
     """Options of the stages that train a policy network."""
 
@@ -183,6 +211,7 @@ class Demo(Common):
 
 STAGES = {
     "pretrain": Pretrain,
+    "expert": Expert,
     "curriculum": Curriculum,
     "finetune": Finetune,
     "heuristics": Heuristics,

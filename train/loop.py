@@ -92,7 +92,11 @@ class Run:
         return range(self.first_epoch, self.config.epochs + 1)
 
     def batches(
-        self, image_set: ImageSet | ImageFolder, epoch: int, batch_size: int
+        self,
+        image_set: ImageSet | ImageFolder,
+        epoch: int,
+        batch_size: int,
+        numbered: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented training batches under a progress bar; a function of the epoch."""
         batches = batches_of(
@@ -107,6 +111,7 @@ class Run:
             drop_last=len(image_set) >= batch_size,
             memory_format=torch.channels_last,
             workers=self.config.workers,
+            numbered=numbered,
         )
         self._bar = tqdm(
             batches, desc=f"epoch {epoch}/{self.config.epochs}", unit="step", mininterval=5

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -144,6 +145,7 @@ def batches_of(
     flip: bool | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
     workers: int = 2,
+    numbered: bool = False,
 ) -> Batches:
     """Iterate over one epoch of a split in normalised batches.
 
@@ -164,6 +166,8 @@ def batches_of(
         flip: let augmentation mirror images; None means ``image_set.flip``.
         memory_format: torch.contiguous_format or torch.channels_last.
         workers: processes that read image files; not used for in-memory images.
+        numbered: give each image's number in the split instead of its label, for who knows more
+            of the images than their labels.
 
     Returns:
         An iterator, with a length, of images (B, 3, H, W) float32 and labels (B,) int64.
@@ -187,10 +191,13 @@ def batches_of(
     total = len(image_set)
     length = total // batch_size if drop_last else -(-total // batch_size)
     if isinstance(image_set, ImageSet):
+        labels = torch.arange(total, device=image_set.device) if numbered else image_set.labels
         raw = _memory_batches(
-            image_set, batch_size, length, shuffle, augment, flip, generator, device
+            image_set.images, labels, batch_size, length, shuffle, augment, flip, generator, device
         )
     else:
+        if numbered:
+            image_set = replace(image_set, labels=torch.arange(total))
         files = FileImages(image_set, augment=augment, flip=flip, seed=seed, epoch=epoch)
         loader = file_loader(
             files, batch_size, shuffle=shuffle, drop_last=drop_last, workers=workers
@@ -231,7 +238,8 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
 
 
 def _memory_batches(
-    image_set: ImageSet,
+    split: Tensor,
+    labels: Tensor,
     batch_size: int,
     length: int,
     shuffle: bool,
@@ -241,12 +249,12 @@ def _memory_batches(
     device: torch.device | str | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield uint8 batches of a split in memory, augmented where they will be used."""
-    total = len(image_set)
-    device = image_set.device if device is None else torch.device(device)
+    total = len(split)
+    device = split.device if device is None else torch.device(device)
     # The epoch's draws are made at once, on the CPU: they are the same for every device and batch
     # size, and cost a GPU one copy an epoch instead of a synchronisation a batch.
     order = torch.randperm(total, generator=generator) if shuffle else None
-    order = order if order is None else order.to(image_set.device)
+    order = order if order is None else order.to(split.device)
     if augment:
         offsets = torch.randint(2 * CROP_PADDING + 1, (total, 2), generator=generator).to(device)
         flips = torch.randint(2, (total,), generator=generator).bool()
@@ -254,11 +262,11 @@ def _memory_batches(
     for start in range(0, length * batch_size, batch_size):
         chosen = slice(start, min(start + batch_size, total))
         source = chosen if order is None else order[chosen]
-        images, labels = image_set.images[source], image_set.labels[source]
+        images = split[source]
         if augment:
             images = images.to(device, non_blocking=True)
             images = crop_and_flip(images, offsets[chosen], flips[chosen])
-        yield images, labels
+        yield images, labels[source]
 
 
 def _folder_kind(folder: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -146,9 +146,12 @@ class ImageSet:
         Raises:
             ValueError: n is not in 0…len(self), or the seed is negative.
         """
-        chosen = _draw_subset(len(self), n, seed).to(self.device)
-        images, labels = self.images[chosen], self.labels[chosen]
-        return ImageSet(images, labels, self.classes, self.name, self.flip)
+        return self.take(_draw_subset(len(self), n, seed))
+
+    def take(self, numbers: Tensor) -> ImageSet:
+        """Return the images with these numbers (N,) int64, in this order."""
+        chosen = numbers.to(self.device)
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,9 +191,12 @@ class ImageFolder:
         Raises:
             ValueError: n is not in 0…len(self), or the seed is negative.
         """
-        chosen = _draw_subset(len(self), n, seed)
-        paths = tuple(self.paths[index] for index in chosen.tolist())
-        return ImageFolder(paths, self.labels[chosen], self.classes, self.name, self.flip)
+        return self.take(_draw_subset(len(self), n, seed))
+
+    def take(self, numbers: Tensor) -> ImageFolder:
+        """Return the images with these numbers (N,) int64, in this order."""
+        paths = tuple(self.paths[number] for number in numbers.tolist())
+        return replace(self, paths=paths, labels=self.labels[numbers])
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,150 @@
+"""Learning from examples: what they are, that the policy network learns them, and resuming."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import blockdrop_fast as bdf
+from blockdrop_fast.data.batches import batches_of, load_digits
+from tests.random_networks import CIFAR, make_network
+from train.config import Expert, Pretrain
+from train.expert import expert, make_examples, split
+from train.pretrain import pretrain
+
+FEW = {"limit": 400, "batch_size": 32, "threads": 1}
+SETS = torch.tensor([[0, 0, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+
+
+@pytest.fixture(autouse=True)
+def _digits(monkeypatch):
+    monkeypatch.delenv("BLOCKDROP_DATA", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits().train.subset(400)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrain")
+    pretrain(
+        Pretrain(arch="resnet14", epochs=4, out=out, lr=0.1, drop_rate=0.5, full_share=0.3, **FEW)
+    )
+    return out / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def config(backbone, tmp_path_factory):
+    return Expert(
+        backbone=backbone,
+        out=tmp_path_factory.mktemp("expert"),
+        epochs=3,
+        held_out=100,
+        line_images=100,
+        lowest=1,
+        budget=3.0,
+        **FEW,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(config):
+    expert(config)
+    return config.out
+
+
+def test_numbered_batches(digits):
+    for augment in (False, True):
+        plain, numbered = (
+            list(batches_of(digits, 64, shuffle=True, augment=augment, seed=3, numbered=numbered))
+            for numbered in (False, True)
+        )
+        for (images, labels), (same, numbers) in zip(plain, numbered, strict=True):
+            assert torch.equal(images, same)
+            assert torch.equal(labels, digits.labels[numbers])
+    assert sorted(torch.cat([numbers for _, numbers in numbered]).tolist()) == list(range(400))
+
+
+def test_split(digits):
+    held_out, train = split(digits, 100, seed=1)
+    assert (len(held_out), len(train)) == (100, 300)
+    together = torch.cat([held_out.images, train.images]).flatten(1)
+    assert torch.equal(together.unique(dim=0), digits.images.flatten(1).unique(dim=0))
+    again, _ = split(digits, 100, seed=1)
+    assert torch.equal(again.images, held_out.images)
+    assert not torch.equal(split(digits, 100, seed=2)[0].images, held_out.images)
+    for wrong in (0, 400):
+        with pytest.raises(ValueError, match=f"held_out: expected 1 to 399, got {wrong}"):
+            split(digits, wrong, seed=1)
+
+
+def test_examples_are_what_the_backbone_does(digits):
+    network = make_network(CIFAR)
+    right = make_examples(bdf.compile(network), digits, SETS, workers=0)
+    images, labels = next(batches_of(digits, 400))
+    with torch.no_grad():
+        for column, keep in zip(right.T, SETS, strict=True):
+            logits = network(images, keep.expand(400, -1))
+            probability = logits.softmax(1)[torch.arange(400), labels]
+            expected = ((logits.argmax(1) == labels).float() + probability) / 2
+            torch.testing.assert_close(column, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_learns_to_tell_images_apart(trained):
+    history = json.loads((trained / "metrics.json").read_text())
+    assert history[-1]["train_value_loss"] < history[0]["train_value_loss"]
+    assert history[-1]["train_class_accuracy"] > history[0]["train_class_accuracy"] > 0.1
+    model = bdf.load(trained / "model.safetensors").eval()
+    assert model.policy.menu.budget == 3.0
+    engine, test = bdf.compile(model), load_digits().test
+    images, _ = next(batches_of(test, len(test), normalization=model.backbone.normalization))
+    usages = [engine.decide(images, budget).sum(1).float().mean() for budget in (2.0, None, 5.0)]
+    assert usages[0] < usages[1] < usages[2]
+    assert abs(usages[1] - 3.0) < 1
+    assert len(engine.decide(images).unique(dim=0)) > 1
+
+
+def test_resumes_to_the_same(config, trained, tmp_path):
+    with pytest.raises(FileExistsError):
+        expert(config)
+    parts = replace(config, out=tmp_path, checkpoint_every=1)
+    stopped = []
+
+    def stop(self, epoch, metrics, finish=expert.__globals__["Run"].finish_epoch):
+        finish(self, epoch, metrics)
+        stopped.append(epoch)
+        if len(stopped) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loop.Run.finish_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            expert(parts)
+        expert(replace(parts, resume=True))
+    assert stopped == [1, 2, 3]
+    one, other = (bdf.load(folder / "model.safetensors") for folder in (trained, tmp_path))
+    for (name, tensor), same in zip(
+        one.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        assert torch.equal(tensor, same), name
+    assert one.policy.menu.prices == other.policy.menu.prices
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": None}, "backbone: a backbone checkpoint is required"),
+        ({"lowest": 9}, "lowest: expected 0 to 6, got 9"),
+        ({"held_out": 400}, "held_out: expected 1 to 399, got 400"),
+        ({"budget": 7.0}, "budget: expected from .* to .* blocks, got 7"),
+    ],
+)
+def test_refuses(config, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        expert(replace(config, out=tmp_path, epochs=1, limit=400, **options))

@@ -1,0 +1,224 @@
+"""Stage 2, another way: a policy network that learns from examples, for every budget.
+
+    python -m train expert --preset quick --data DIR --backbone droppable.safetensors
+
+The paper trains from rewards alone, as no expert examples are available. For a menu of block sets
+there are: one call of the engine says which of them the backbone is right with, for the price of an
+inference. The policy network learns to predict that, and an image gets the set that is worth its
+price (``blockdrop_fast/networks/menu.py``). Not in the paper.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import blockdrop_fast as bdf
+from blockdrop_fast.data.batches import batches_of
+from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
+from blockdrop_fast.files import atomic_write
+from blockdrop_fast.measure.static_line import static_line
+from blockdrop_fast.networks.menu import Menu
+from train.config import Expert
+from train.loop import (
+    Means,
+    Run,
+    autocast,
+    engine_dtype,
+    evaluate_test,
+    evaluation_metrics,
+    normalization_of,
+    prepare,
+)
+
+EXAMPLES_FILE = "examples.pt"
+ROWS = 1024  # of activations that one call of the engine computes at most
+
+
+def expert(config: Expert) -> None:
+    """Make examples, train a policy network on them, and find the price of each budget.
+
+    The policy network has an output a set of the menu, the logit of the backbone being right with
+    it, and while it trains a second head that tells the class.
+
+    Raises:
+        ValueError: options that do not fit the backbone or the data set.
+    """
+    device, dataset = prepare(config)
+    backbone = _load_backbone(config).to(device, memory_format=torch.channels_last)
+    engine = bdf.compile(backbone, dtype=engine_dtype(config, device))
+    held_out, train = split(dataset.train, config.held_out, config.seed)
+    examples = _make_examples(config, engine, train)
+    menu = Menu(examples["menu"])
+    trained = _WithClasses(_make_policy(config, backbone, menu), len(dataset.classes)).to(
+        device, memory_format=torch.channels_last
+    )
+    model = bdf.BlockDrop(backbone, trained.policy)
+    optimizer = torch.optim.AdamW(
+        trained.parameters(), lr=config.lr, weight_decay=config.weight_decay
+    )
+    steps = max(1, len(train) // config.batch_size)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=config.epochs * steps, cycle_momentum=False
+    )
+    run = Run(config, model, [optimizer], [scheduler, trained.classes])
+    engine = bdf.compile(model, dtype=engine_dtype(config, device))
+    right, labels = examples["right"].to(device), train.labels.to(device)
+    budget = backbone.num_blocks / 2 if config.budget is None else config.budget
+    for epoch in run.epochs():
+        means = Means()
+        trained.train()
+        for images, numbers in run.batches(train, epoch, config.batch_size, numbered=True):
+            with autocast(config, device):
+                value, classes = trained(images)
+                classification = F.cross_entropy(classes, labels[numbers])
+                regression = F.binary_cross_entropy_with_logits(value, right[numbers])
+            loss = config.classify * classification + config.value * regression
+            run.check_finite(loss, epoch=epoch, lr=scheduler.get_last_lr()[0])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            means.add(
+                len(images),
+                value_loss=regression,
+                class_accuracy=(classes.argmax(1) == labels[numbers]).float().mean(),
+            )
+            if run.step % 20 == 0:
+                run.show(**means.items())
+        metrics = {f"train_{name}": value for name, value in means.items().items()}
+        _calibrate(model, held_out, budget, config.workers)
+        if run.due(epoch, config.evaluate_every):
+            engine.refresh()
+            metrics |= evaluation_metrics(evaluate_test(engine, dataset, config.workers), 1.0)
+        run.finish_epoch(epoch, metrics)
+
+
+class _WithClasses(nn.Module):
+    """A policy network, and a second head on its features that tells the class."""
+
+    def __init__(self, policy: bdf.PolicyNetwork, num_classes: int):
+        super().__init__()
+        self.policy = policy
+        self.classes = nn.Linear(policy.network.fc.in_features, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> (B, M) logits of being right, (B, num_classes) logits of the class."""
+        features: list[Tensor] = []
+        hook = self.policy.network.fc.register_forward_pre_hook(
+            lambda _, inputs: features.append(inputs[0])
+        )
+        try:
+            value = self.policy.logits(images)
+        finally:
+            hook.remove()
+        return value, self.classes(features[0])
+
+
+def split(
+    image_set: ImageSet | ImageFolder, held_out: int, seed: int
+) -> tuple[ImageSet | ImageFolder, ImageSet | ImageFolder]:
+    """Divide a training split at random: images to calibrate on, and images to train on.
+
+    Raises:
+        ValueError: nothing would be left of one of the two.
+    """
+    if not 0 < held_out < len(image_set):
+        raise ValueError(f"held_out: expected 1 to {len(image_set) - 1}, got {held_out}")
+    order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(seed))
+    return tuple(
+        image_set.take(part.sort().values) for part in (order[:held_out], order[held_out:])
+    )
+
+
+@torch.no_grad()
+def make_examples(
+    engine: bdf.Engine, image_set: ImageSet | ImageFolder, sets: Tensor, workers: int
+) -> Tensor:
+    """How right the backbone is with each set, for each image as it is, without augmentation.
+
+    Args:
+        engine: of the backbone.
+        image_set: N images.
+        sets: (M, K) bool; nested ones share most of their work.
+        workers: see ``batches_of``.
+
+    Returns:
+        (N, M) float32 on the CPU: half whether the prediction is right, half the probability of
+        the label, which tells a near miss from a far one.
+    """
+    rows = max(1, ROWS // len(sets))
+    result = []
+    for images, labels in batches_of(
+        image_set,
+        rows,
+        normalization=normalization_of(engine.model),
+        device=engine.device,
+        memory_format=torch.channels_last,
+        workers=workers,
+    ):
+        decisions = sets.to(engine.device)[:, None].expand(-1, len(images), -1)
+        logits = engine.run_sets(images.to(engine.dtype), decisions).float()
+        wanted = labels.expand(len(sets), -1)
+        probability = logits.softmax(-1).gather(-1, wanted[..., None]).squeeze(-1)
+        result.append(((logits.argmax(-1) == wanted).float() + probability).T.cpu() / 2)
+    return torch.cat(result)
+
+
+def _make_examples(
+    config: Expert, engine: bdf.Engine, train: ImageSet | ImageFolder
+) -> dict[str, Tensor]:
+    """The menu and what is right with it; from the run's folder if it is there already."""
+    path = config.out / EXAMPLES_FILE
+    if config.resume and path.exists():
+        return torch.load(path, weights_only=True)
+    num_blocks = engine.config.num_blocks
+    lowest = num_blocks // 4 if config.lowest is None else config.lowest
+    if not 0 <= lowest <= num_blocks:
+        raise ValueError(f"lowest: expected 0 to {num_blocks}, got {lowest}")
+    looked_at = train.subset(min(config.line_images, len(train)), config.seed)
+    batches = batches_of(
+        looked_at, 250, normalization=normalization_of(engine.model), device=engine.device
+    )
+    menu = static_line(engine, list(batches)).sets[lowest:]
+    examples = {"menu": menu, "right": make_examples(engine, train, menu, config.workers)}
+    for kept, share in zip(menu.sum(1).tolist(), examples["right"].mean(0).tolist(), strict=True):
+        print(f"examples: {kept} blocks, right {100 * share:.1f} %")
+    config.out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        torch.save(examples, temporary)
+    return examples
+
+
+@torch.no_grad()
+def _calibrate(
+    model: bdf.BlockDrop, held_out: ImageSet | ImageFolder, budget: float, workers: int
+) -> None:
+    """Find the prices of budgets on images that the policy network was not trained on."""
+    policy = copy.deepcopy(model.policy).eval()
+    device = policy.network.fc.weight.device
+    batches = batches_of(
+        held_out,
+        250,
+        normalization=normalization_of(model),
+        device=device,
+        memory_format=torch.channels_last,
+        workers=workers,
+    )
+    model.policy.menu.calibrate(torch.cat([policy.logits(images) for images, _ in batches]), budget)
+
+
+def _load_backbone(config: Expert) -> bdf.ResNet:
+    if config.backbone is None:
+        raise ValueError("backbone: a backbone checkpoint is required")
+    return bdf.load_backbone(config.backbone).eval().requires_grad_(False)
+
+
+def _make_policy(config: Expert, backbone: bdf.ResNet, menu: Menu) -> bdf.PolicyNetwork:
+    torch.manual_seed(config.seed)
+    make = bdf.policy_resnet8 if backbone.config.stem == "cifar" else bdf.policy_resnet10
+    plain = make(len(menu.sets))
+    return bdf.PolicyNetwork(plain.network, plain.input_pool, menu)
