@@ -44,7 +44,7 @@ class Recorded(Generic[Result]):
         if self._pool is None or torch.cuda.is_current_stream_capturing():
             return self._function()
         if self._graph is None:
-            with _tuned_convolutions():
+            with tuned_convolutions():
                 if not hasattr(self._in_thread, "has_run"):
                     self._in_thread.has_run = True
                     return self._function()
@@ -61,8 +61,8 @@ class Recorded(Generic[Result]):
 
 
 @contextmanager
-def _tuned_convolutions() -> Iterator[None]:
-    """Let cuDNN time its algorithms: worth it, as a recorded function's shapes never change."""
+def tuned_convolutions() -> Iterator[None]:
+    """Let cuDNN time its algorithms for each new shape: worth it where shapes come again."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

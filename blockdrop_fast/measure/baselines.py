@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockdrop_fast.executors.dense import DenseExecutor
+from blockdrop_fast.executors.recording import tuned_convolutions
 from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.folding import FoldedConv, FoldedNetwork
 from blockdrop_fast.networks.resnet import AveragePoolShortcut, ResNet, SubsampleShortcut
@@ -80,23 +80,12 @@ def _conv_module(folded: FoldedConv) -> nn.Conv2d:
     return module
 
 
-@contextmanager
-def _cudnn_tries_algorithms() -> Iterator[None]:
-    """Let cuDNN time its algorithms for each new shape, and take the fastest."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 def torch_eager(network: FoldedNetwork) -> Call:
     """The complete ResNet in eager PyTorch, folded and channels-last."""
     module = FoldedResNet(network).eval()
 
     def call(images: Tensor, _: Tensor) -> Tensor:
-        with _cudnn_tries_algorithms():
+        with tuned_convolutions():
             return module(images)
 
     return call
@@ -129,7 +118,7 @@ def torch_compiled(network: FoldedNetwork, images: Tensor) -> Call:
         return compiled(images)
 
     if images.device.type == "cuda":
-        with torch.inference_mode(), _cudnn_tries_algorithms():
+        with torch.inference_mode(), tuned_convolutions():
             for _ in range(3):  # compiles; captures the graph; replays it
                 call(images, None)
     return call
@@ -165,7 +154,7 @@ def captured(
         images, decisions: on a GPU; arguments of these shapes are captured. Without decisions
             here, a call does not take any over.
     """
-    with torch.cuda.device(images.device), torch.no_grad(), _cudnn_tries_algorithms():
+    with torch.cuda.device(images.device), torch.no_grad(), tuned_convolutions():
         static = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
         keep = None if decisions is None else decisions.clone()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
