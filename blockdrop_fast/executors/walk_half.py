@@ -19,7 +19,7 @@ from blockdrop_fast.ops.walk_half import (
     walk_half_policy,
 )
 
-# Thread blocks of the kernel that a multiprocessor runs at once: see csrc/cuda/walk.cu.
+# Thread blocks of the kernel that a multiprocessor runs at once: see csrc/cuda/walk_half_launch.cu.
 _RESIDENT = 2
 
 

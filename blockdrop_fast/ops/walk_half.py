@@ -1,6 +1,6 @@
 """The walk with 16-bit weights and activations, for GPUs: images to logits in one launch.
 
-Kernels: ``csrc/cuda/walk.cu``. There is none for CPUs: they run the reference.
+Kernels: ``csrc/cuda/walk_half.cu``. There is none for CPUs: they run the reference.
 
 Packed weights are bytes, in the order in which a thread block reads them:
 

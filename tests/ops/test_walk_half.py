@@ -64,7 +64,7 @@ def needs_compiler(test):
 
 
 class _Call(ctypes.Structure):
-    """``Call`` of tests/simt/walk_on_cpu.cpp."""
+    """``Call`` of tests/simt/walk_half_on_cpu.cpp."""
 
     _fields_ = (
         ("images", ctypes.c_void_p),
@@ -148,7 +148,7 @@ def simulators(tmp_path_factory):
     def make(stmatrix: bool) -> Simulator:
         library = tmp_path_factory.mktemp("simt") / f"walk{int(stmatrix)}.so"
         flags = ("-shared", "-fPIC", f"-DSIMT_HAS_STMATRIX={int(stmatrix)}")
-        return Simulator(compile_for_cpu("walk_on_cpu.cpp", library, *flags))
+        return Simulator(compile_for_cpu("walk_half_on_cpu.cpp", library, *flags))
 
     return make
 

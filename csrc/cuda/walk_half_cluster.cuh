@@ -1,7 +1,7 @@
 // Device code of the CUDA walk for small batches: a cluster of eight thread blocks carries one
 // image, so that its time is not one multiprocessor's. The blocks divide every convolution and
 // store what others need of their results to the others' shared memory. Activations, weights and
-// the order of sums are those of walk.cuh, and so are the logits, bit for bit.
+// the order of sums are those of walk_half.cuh, and so are the logits, bit for bit.
 //
 // Each block has room for all of an activation, and what it needs of it is in its place there.
 // Everything but convolutions (shortcuts, pooling) every block computes for itself, on rows that
@@ -9,7 +9,7 @@
 
 #pragma once
 
-#include "cuda/walk.cuh"
+#include "cuda/walk_half.cuh"
 
 namespace blockdrop::walk_half::cluster {
 

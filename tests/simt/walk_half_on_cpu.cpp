@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cuda/walk.cuh"
-#include "cuda/walk_cluster.cuh"
+#include "cuda/walk_half.cuh"
+#include "cuda/walk_half_cluster.cuh"
 
 namespace simt = blockdrop::simt;
 using namespace blockdrop::walk_half;

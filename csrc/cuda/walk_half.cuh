@@ -1,7 +1,7 @@
 // Device code of the CUDA walk: one thread block carries one CIFAR image at a time through the
-// stem, its active blocks and the classifier, all activations in shared memory. walk.cu has the
-// kernel, its budget and the operators; walk_cluster.cuh what is different where several thread
-// blocks carry one image; blockdrop_fast/ops/walk_half.py the packing of weights.
+// stem, its active blocks and the classifier, all activations in shared memory.
+// walk_half_launch.cu has the kernel and its budget; walk_half_cluster.cuh what is different where
+// several thread blocks carry one image; blockdrop_fast/ops/walk_half.py the packing of weights.
 //
 // Activations: [height + 2, width + 1, channels] of 16-bit values, plus one pixel: a border of
 // zeros on each side, where a row's right border is the next row's left one.
@@ -19,49 +19,19 @@
 #include <cstdint>
 
 #include "cuda/simt.cuh"
+#include "cuda/walk_half.h"
 
 namespace blockdrop::walk_half {
 
 using namespace simt;
 
-constexpr int kSegments = 3;
-constexpr int kImageSize = 32;
-constexpr int kImageChannels = 3;
-constexpr int64_t kImageValues = kImageChannels * kImageSize * kImageSize;
-constexpr int kFeatures = 64;  // channels of the last segment
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kTile = 16;  // channels of a matrix product, in and out
 constexpr int kChunk = 8;  // channels in 16 bytes, what ldmatrix reads of a pixel
 constexpr int kChunkBytes = 16;
-constexpr int kTaps = 9;
 constexpr int kRowsPerWarp = 4;
 constexpr int kPixelsPerTile = 8;
 constexpr int kRingBuffers = 2;
-
-// ------------------------------------------------------------------ what the host passes
-
-struct Network {
-  const unsigned char* weights;  // slices of the stem and of the blocks, in order
-  const float* classifier;       // [num_classes] bias, then [64, num_classes]
-  int layers[kSegments];
-  int num_classes;
-  bool subsample;
-};
-
-// A path is an image with a set of decisions; path p is of image p % num_images.
-struct Paths {
-  const uint16_t* images;  // [num_images, 3, 32, 32]
-  const bool* given;       // [num_paths, num_blocks] decisions, or null: the policy decides
-  const int* order;        // [num_paths] which path is taken when, or null: in order
-  int* queue;              // zero, if there are more paths than thread blocks
-  int64_t num_images, num_paths;
-  int num_blocks;
-  Network backbone, policy;
-  float* logits;         // [num_paths, num_classes]
-  bool* decisions;       // [num_paths, num_blocks] what the policy decided; null if given
-  float* policy_logits;  // [num_paths, num_blocks]; null if given
-};
 
 // ------------------------------------------------------------------ shared memory
 
@@ -73,7 +43,7 @@ struct Layout {
   static constexpr int kBytes = kPixels * kChannels * 2;
   static constexpr int kPixelTiles = kSize / kPixelsPerTile;  // in a row
   static constexpr int kChannelTiles = kChannels / kTile;
-  static constexpr int kSliceBytes = kChannelTiles * (kTile * 4 + kTaps * kLanes * 16);
+  static constexpr int kSliceBytes = slice_bytes(kChannels);
   static_assert(kChannelTiles * (kSize / kRowsPerWarp) == kWarps);
 
   // Where chunk `chunk` of pixel `pixel` (counted from the top left of the border) lies. The
@@ -318,8 +288,8 @@ BLOCKDROP_DEVICE void store_sums(const float (&sums)[kRowsPerWarp][kTiles][4], u
 // A warp has 16 channels of four rows. It computes at most two tiles of 8 pixels of each at a
 // time, and so holds at most 32 sums, 12 registers of weights and 4 of input. Only segment 1 has
 // more tiles in a row, and its convolutions have a single slice, which is then used twice. In
-// segment 3 it has one tile only, and registers to sum each slice by itself: walk_cluster.cuh,
-// where different warps have different slices, adds in the same order.
+// segment 3 it has one tile only, and registers to sum each slice by itself:
+// walk_half_cluster.cuh, where different warps have different slices, adds in the same order.
 template <typename Format, int kIn, int kOut, bool kResidual>
 BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, WeightStream<kOut>& weights) {
   constexpr int kSlices = Layout<kIn>::kChannelTiles;

@@ -1,0 +1,49 @@
+// What the CUDA walk's operators (walk_half.cu) pass to its kernels (walk_half_launch.cu). Without
+// torch or CUDA, as the tests compile it for a CPU, too.
+
+#pragma once
+
+#include <cstdint>
+
+namespace blockdrop::walk_half {
+
+constexpr int kSegments = 3;
+constexpr int kImageSize = 32;
+constexpr int kImageChannels = 3;
+constexpr int64_t kImageValues = kImageChannels * kImageSize * kImageSize;
+constexpr int kFeatures = 64;  // channels of the last segment
+constexpr int kTile = 16;      // channels of a matrix product, in and out
+constexpr int kTaps = 9;
+
+// A slice: 16 input channels' weights for all output channels, and their bias.
+constexpr int slice_bytes(int out_channels) {
+  return out_channels / kTile * (kTile * 4 + kTaps * kTile * kTile * 2);
+}
+
+struct Network {
+  const unsigned char* weights;  // slices of the stem and of the blocks, in order
+  const float* classifier;       // [num_classes] bias, then [64, num_classes]
+  int layers[kSegments];
+  int num_classes;
+  bool subsample;
+};
+
+// A path is an image with a set of decisions; path p is of image p % num_images.
+struct Paths {
+  const uint16_t* images;  // [num_images, 3, 32, 32]
+  const bool* given;       // [num_paths, num_blocks] decisions, or null: the policy decides
+  const int* order;        // [num_paths] which path is taken when, or null: in order
+  int* queue;              // zero, if there are more paths than thread blocks
+  int64_t num_images, num_paths;
+  int num_blocks;
+  Network backbone, policy;
+  float* logits;         // [num_paths, num_classes]
+  bool* decisions;       // [num_paths, num_blocks] what the policy decided; null if given
+  float* policy_logits;  // [num_paths, num_blocks]; null if given
+};
+
+// Runs all paths, of which there is at least one, on the current device and stream. Values of 16
+// bits are bfloat16, or else float16.
+void launch_walk(Paths paths, bool bfloat16);
+
+}  // namespace blockdrop::walk_half
