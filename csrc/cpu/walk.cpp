@@ -28,6 +28,7 @@
 #include <vector>
 
 #include "cpu/walk.h"
+#include "walk_network.h"
 
 namespace blockdrop::walk {
 namespace {
@@ -102,15 +103,11 @@ struct Network {
   const float* classifier;
 };
 
-Network read_network(const at::Tensor& weights, at::IntArrayRef layers, int64_t num_classes,
-                     bool subsample) {
-  TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat,
-                   "weights: expected dtype torch.float32, got ", weights.scalar_type());
-  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.is_contiguous(),
-                    "weights: expected a contiguous vector, got shape ", weights.sizes());
-  TORCH_CHECK_VALUE(layers.size() == kSegments, "layers: expected ", kSegments, " segments, got ",
-                    layers);
-  TORCH_CHECK_VALUE(num_classes >= 1, "num_classes: expected at least 1, got ", num_classes);
+Network read_network(const char* name, const at::Tensor& weights, at::IntArrayRef layers,
+                     int64_t num_classes, bool subsample) {
+  TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat, name,
+                   ": expected dtype torch.float32, got ", weights.scalar_type());
+  check_network(weights, layers, num_classes);
   Network network;
   network.subsample = subsample;
   network.num_blocks = 0;
@@ -128,8 +125,6 @@ Network read_network(const at::Tensor& weights, at::IntArrayRef layers, int64_t 
   network.stem = take_conv(kImageChannels, kWidths[0]);
   int channels = kWidths[0];
   for (int segment = 0; segment < kSegments; ++segment) {
-    TORCH_CHECK_VALUE(layers[segment] >= 1 && layers[segment] <= weights.numel(),
-                      "layers: expected at least one block a segment, got ", layers);
     network.layers[segment] = static_cast<int>(layers[segment]);
     network.num_blocks += network.layers[segment];
     for (int block = 0; block < network.layers[segment]; ++block) {
@@ -140,9 +135,7 @@ Network read_network(const at::Tensor& weights, at::IntArrayRef layers, int64_t 
   }
   network.classifier = data + std::min(offset, weights.numel());
   offset += (1 + channels) * static_cast<int64_t>(network.padded_classes);
-  TORCH_CHECK_VALUE(offset == weights.numel(), "weights: expected ", offset,
-                    " packed values for layers ", layers, " and ", num_classes, " classes, got ",
-                    weights.numel());
+  check_length(name, weights, offset, "packed values");
   return network;
 }
 
@@ -156,8 +149,7 @@ struct Images {
 Images read_images(const at::Tensor& images) {
   TORCH_CHECK_TYPE(images.scalar_type() == at::kFloat, "images: expected dtype torch.float32, got ",
                    images.scalar_type());
-  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == kImageChannels,
-                    "images: expected shape (B, 3, H, W), got ", images.sizes());
+  check_images(images);
   const int64_t height = images.size(2), width = images.size(3);
   TORCH_CHECK_VALUE(height > 0 && width > 0 && height % 4 == 0 && width % 4 == 0,
                     "images: height and width must be positive multiples of 4, got ", height, "x",
@@ -585,15 +577,9 @@ at::Tensor run_network(const Network& network, const Images& images, const at::T
 
 at::Tensor walk(const at::Tensor& images, const at::Tensor& decisions, const at::Tensor& weights,
                 at::IntArrayRef layers, int64_t num_classes, bool subsample) {
-  const Network network = read_network(weights, layers, num_classes, subsample);
+  const Network network = read_network("weights", weights, layers, num_classes, subsample);
   const Images batch = read_images(images);
-  TORCH_CHECK_TYPE(decisions.scalar_type() == at::kBool,
-                   "decisions: expected dtype torch.bool, got ", decisions.scalar_type());
-  TORCH_CHECK_VALUE((decisions.dim() == 2 || decisions.dim() == 3) &&
-                        decisions.size(-2) == batch.batch &&
-                        decisions.size(-1) == network.num_blocks,
-                    "decisions: expected shape (B, K) or (S, B, K) with B = ", batch.batch,
-                    " and K = ", network.num_blocks, ", got ", decisions.sizes());
+  check_decisions(decisions, batch.batch, network.num_blocks);
   const at::Tensor contiguous = decisions.contiguous();
   if (decisions.dim() == 3) return run_network(network, batch, contiguous);
   return run_network(network, batch, contiguous.unsqueeze(0)).squeeze(0);
@@ -605,8 +591,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_policy(const at::Tensor& ima
                                                            int64_t num_classes, bool subsample,
                                                            const at::Tensor& policy_weights,
                                                            at::IntArrayRef policy_layers) {
-  const Network network = read_network(weights, layers, num_classes, subsample);
-  const Network policy = read_network(policy_weights, policy_layers, network.num_blocks, false);
+  const Network network = read_network("weights", weights, layers, num_classes, subsample);
+  const Network policy =
+      read_network("policy_weights", policy_weights, policy_layers, network.num_blocks, false);
   const Images batch = read_images(images);
   at::Tensor all_blocks = at::empty({1, batch.batch, policy.num_blocks}, at::kBool);
   all_blocks.fill_(true);

@@ -8,56 +8,39 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <tuple>
 
 #include "cuda/walk_half.h"
+#include "walk_network.h"
 
 namespace blockdrop::walk_half {
 namespace {
 
-// The packed weights of a network, checked.
-Network read_network(const char* name, const at::Tensor& weights, at::IntArrayRef layers,
-                     int64_t num_classes, bool subsample, const at::Tensor& images) {
-  TORCH_CHECK_VALUE(
-      layers.size() == kSegments && *std::min_element(layers.begin(), layers.end()) > 0,
-      "layers: expected at least one block in 3 segments, got ", layers);
-  TORCH_CHECK_VALUE(num_classes > 0, "num_classes: expected at least 1, got ", num_classes);
+// A network, checked.
+Network checked_network(const char* name, const at::Tensor& weights, at::IntArrayRef layers,
+                        int64_t num_classes, bool subsample, const at::Tensor& images) {
   TORCH_CHECK_TYPE(weights.scalar_type() == at::kByte, name, ": expected dtype torch.uint8, got ",
                    weights.scalar_type());
   TORCH_CHECK_VALUE(weights.device() == images.device(), name, ": expected on ", images.device(),
                     ", got on ", weights.device());
-  const int64_t classifier = (1 + 2 * layers[0]) * slice_bytes(16) +
-                             (4 * layers[1] - 1) * slice_bytes(32) +
-                             (8 * layers[2] - 2) * slice_bytes(64);
-  const int64_t bytes = classifier + (1 + kFeatures) * num_classes * sizeof(float);
-  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.numel() == bytes && weights.is_contiguous(), name,
-                    ": expected a vector of ", bytes, " packed bytes, got shape ", weights.sizes());
+  check_network(weights, layers, num_classes);
   const auto* data = weights.const_data_ptr<uint8_t>();
+  const Network network = read_network(data, layers.data(), num_classes, subsample);
+  check_length(name, weights, packed_bytes(network), "packed bytes");
   TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
                     ": expected memory aligned to 16 bytes");
-  Network network{};
-  network.weights = data;
-  network.classifier = reinterpret_cast<const float*>(data + classifier);
-  std::copy(layers.begin(), layers.end(), network.layers);
-  network.num_classes = static_cast<int>(num_classes);
-  network.subsample = subsample;
   return network;
 }
 
-int num_blocks(const Network& network) {
-  return network.layers[0] + network.layers[1] + network.layers[2];
-}
-
-void check_images(const at::Tensor& images) {
+void check_half_images(const at::Tensor& images) {
   TORCH_CHECK_TYPE(images.scalar_type() == at::kBFloat16 || images.scalar_type() == at::kHalf,
                    "images: expected dtype torch.bfloat16 or torch.float16, got ",
                    images.scalar_type());
-  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == kImageChannels &&
-                        images.size(2) == kImageSize && images.size(3) == kImageSize,
+  check_images(images);
+  TORCH_CHECK_VALUE(images.size(2) == kImageSize && images.size(3) == kImageSize,
                     "images: expected shape (B, 3, 32, 32), got ", images.sizes());
 }
 
@@ -71,19 +54,13 @@ int64_t checked_paths(int64_t paths) {
 at::Tensor walk_half(const at::Tensor& images, const at::Tensor& decisions,
                      const at::Tensor& weights, at::IntArrayRef layers, int64_t num_classes,
                      bool subsample, const std::optional<at::Tensor>& order) {
-  check_images(images);
+  check_half_images(images);
   const c10::cuda::CUDAGuard guard(images.device());
   Paths paths{};
-  paths.backbone = read_network("weights", weights, layers, num_classes, subsample, images);
-  paths.num_blocks = num_blocks(paths.backbone);
+  paths.backbone = checked_network("weights", weights, layers, num_classes, subsample, images);
+  paths.num_blocks = num_blocks_of(paths.backbone);
   paths.num_images = images.size(0);
-  TORCH_CHECK_TYPE(decisions.scalar_type() == at::kBool,
-                   "decisions: expected dtype torch.bool, got ", decisions.scalar_type());
-  TORCH_CHECK_VALUE((decisions.dim() == 2 || decisions.dim() == 3) &&
-                        decisions.size(-2) == paths.num_images &&
-                        decisions.size(-1) == paths.num_blocks,
-                    "decisions: expected shape (B, K) or (S, B, K) with B = ", paths.num_images,
-                    " and K = ", paths.num_blocks, ", got ", decisions.sizes());
+  check_decisions(decisions, paths.num_images, paths.num_blocks);
   TORCH_CHECK_VALUE(decisions.device() == images.device(), "decisions: expected on ",
                     images.device(), ", got on ", decisions.device());
   paths.num_paths = checked_paths(decisions.numel() / paths.num_blocks);
@@ -117,13 +94,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_half_policy(const at::Tensor
                                                                 int64_t num_classes, bool subsample,
                                                                 const at::Tensor& policy_weights,
                                                                 at::IntArrayRef policy_layers) {
-  check_images(images);
+  check_half_images(images);
   const c10::cuda::CUDAGuard guard(images.device());
   Paths paths{};
-  paths.backbone = read_network("weights", weights, layers, num_classes, subsample, images);
-  paths.num_blocks = num_blocks(paths.backbone);
-  paths.policy = read_network("policy_weights", policy_weights, policy_layers, paths.num_blocks,
-                              /*subsample=*/false, images);
+  paths.backbone = checked_network("weights", weights, layers, num_classes, subsample, images);
+  paths.num_blocks = num_blocks_of(paths.backbone);
+  paths.policy = checked_network("policy_weights", policy_weights, policy_layers, paths.num_blocks,
+                                 /*subsample=*/false, images);
   paths.num_images = paths.num_paths = checked_paths(images.size(0));
   const at::Tensor contiguous_images = images.contiguous();
   const auto floats = images.options().dtype(at::kFloat);

@@ -78,14 +78,10 @@ constexpr uint32_t kSums = kHidden<64>;
 constexpr uint32_t kTurn = kWorkBytes;      // an int: which path is on
 constexpr uint32_t kKeep = kWorkBytes + 4;  // a bit for each block of the network that runs
 
-BLOCKDROP_DEVICE int num_blocks_of(const Network& network) {
-  return network.layers[0] + network.layers[1] + network.layers[2];
-}
-
 // What the bits of either network take, in bytes.
 inline uint32_t keep_bytes(const Paths& paths) {
   const auto words = [](const Network& network) {
-    return (network.layers[0] + network.layers[1] + network.layers[2] + kLanes - 1) / kLanes;
+    return (num_blocks_of(network) + kLanes - 1) / kLanes;
   };
   const int backbone = words(paths.backbone), policy = words(paths.policy);
   return 4 * (backbone > policy ? backbone : policy);
@@ -133,7 +129,7 @@ class WeightStream {
         end_block_(end_block),
         block_(first_block - 1),
         next_(0),
-        stop_(kStemSlices),
+        stop_(slices_before(kChannels, 0)),
         buffer_(0) {
     start_copy();
   }
@@ -151,19 +147,14 @@ class WeightStream {
 
  private:
   static constexpr uint32_t kSliceBytes = Layout<kChannels>::kSliceBytes;
-  static constexpr int kBlockSlices = 2 * Layout<kChannels>::kChannelTiles;
-  static constexpr int kStemSlices = kChannels == kTile ? 1 : 0;
-  // The first block of later segments has half of the input channels in its first convolution.
-  static constexpr int kMissingSlices =
-      kChannels == kTile ? 0 : Layout<kChannels>::kChannelTiles / 2;
 
   BLOCKDROP_DEVICE void start_copy() {
     if (next_ == stop_) {
       const int block = next_kept(kKeep, block_ + 1, end_block_);
       if (block == end_block_) return;
       block_ = block;
-      stop_ = kStemSlices - kMissingSlices + (block - first_block_ + 1) * kBlockSlices;
-      next_ = stop_ > kBlockSlices ? stop_ - kBlockSlices : 0;
+      next_ = slices_before(kChannels, block - first_block_);
+      stop_ = slices_before(kChannels, block - first_block_ + 1);
     }
     const unsigned char* source = weights_ + static_cast<size_t>(next_) * kSliceBytes;
     const uint32_t target = kRing<kChannels> + buffer_;
@@ -488,20 +479,18 @@ BLOCKDROP_DEVICE void run_segment(const unsigned char* slices, int first_block, 
 // Image to pooled features; the bits from kKeep on say which blocks run.
 template <typename Format>
 BLOCKDROP_DEVICE void run_network(const Network& network, const uint16_t* image) {
+  const int second = network.layers[0];
   {
-    WeightStream<16> weights(network.weights, 0, network.layers[0]);
+    WeightStream<16> weights(network.segments[0], 0, second);
     clear_border<16>(kX);
     clear_border<16>(kHidden<16>);
     load_image<kImageSize>(image, kHidden<16>, 0);
     convolve<Format, 16, 16, false>(kHidden<16>, kX, weights);
-    run_blocks<Format>(weights, 0, network.layers[0]);
+    run_blocks<Format>(weights, 0, second);
   }
-  const unsigned char* slices =
-      network.weights + static_cast<size_t>(1 + 2 * network.layers[0]) * Layout<16>::kSliceBytes;
-  const int second = network.layers[0], third = second + network.layers[1];
-  run_segment<Format, 32>(slices, second, third, network.subsample);
-  slices += static_cast<size_t>(4 * network.layers[1] - 1) * Layout<32>::kSliceBytes;
-  run_segment<Format, 64>(slices, third, third + network.layers[2], network.subsample);
+  const int third = second + network.layers[1];
+  run_segment<Format, 32>(network.segments[1], second, third, network.subsample);
+  run_segment<Format, 64>(network.segments[2], third, third + network.layers[2], network.subsample);
 }
 
 // Takes paths until there are none left. What is not needed for a convolution is read again where

@@ -20,13 +20,50 @@ constexpr int slice_bytes(int out_channels) {
   return out_channels / kTile * (kTile * 4 + kTaps * kTile * kTile * 2);
 }
 
+// A segment's slices before its block `block`; `channels` are the segment's. Segment 1 begins with
+// the stem, a single slice. Segments 2 and 3 begin with a convolution that has half of the slices.
+template <typename Int>
+constexpr Int slices_before(int channels, Int block) {
+  const int tiles = channels / kTile;
+  if (tiles == 1) return 1 + 2 * block;
+  return block == 0 ? 0 : 2 * tiles * block - tiles / 2;
+}
+
 struct Network {
-  const unsigned char* weights;  // slices of the stem and of the blocks, in order
-  const float* classifier;       // [num_classes] bias, then [64, num_classes]
+  const unsigned char* segments[kSegments];  // the slices of each, in order
+  const float* classifier;                   // [num_classes] bias, then [64, num_classes]
   int layers[kSegments];
   int num_classes;
   bool subsample;
 };
+
+constexpr int num_blocks_of(const Network& network) {
+  return network.layers[0] + network.layers[1] + network.layers[2];
+}
+
+// Finds the parts of packed weights; see blockdrop_fast/ops/walk_half.py.
+inline Network read_network(const unsigned char* weights,
+                            const int64_t* layers,  // [kSegments]
+                            int64_t num_classes, bool subsample) {
+  Network network{};
+  for (int segment = 0; segment < kSegments; ++segment) {
+    const int channels = kTile << segment;
+    network.segments[segment] = weights;
+    network.layers[segment] = static_cast<int>(layers[segment]);
+    weights += slices_before(channels, layers[segment]) * slice_bytes(channels);
+  }
+  network.classifier = reinterpret_cast<const float*>(weights);
+  network.num_classes = static_cast<int>(num_classes);
+  network.subsample = subsample;
+  return network;
+}
+
+// What is packed, in bytes.
+inline int64_t packed_bytes(const Network& network) {
+  const auto* classifier = reinterpret_cast<const unsigned char*>(network.classifier);
+  return classifier - network.segments[0] +
+         (1 + kFeatures) * int64_t{network.num_classes} * static_cast<int64_t>(sizeof(float));
+}
 
 // A path is an image with a set of decisions; path p is of image p % num_images.
 struct Paths {

@@ -111,17 +111,12 @@ class ClusterWeights {
     const int third_segment = second_segment + network_.layers[1];
     const int end = third_segment + network_.layers[2];
     if (block_ < end) {
-      const unsigned char* slices = network_.weights;
       if (block_ < second_segment) {
-        copy<16>(slices, block_);
+        copy<16>(network_.segments[0], block_);
+      } else if (block_ < third_segment) {
+        copy<32>(network_.segments[1], block_ - second_segment);
       } else {
-        slices += static_cast<size_t>(1 + 2 * network_.layers[0]) * Layout<16>::kSliceBytes;
-        if (block_ < third_segment) {
-          copy<32>(slices, block_ - second_segment);
-        } else {
-          slices += static_cast<size_t>(4 * network_.layers[1] - 1) * Layout<32>::kSliceBytes;
-          copy<64>(slices, block_ - third_segment);
-        }
+        copy<64>(network_.segments[2], block_ - third_segment);
       }
       if (second_) block_ = next_kept(kKeepAt, block_ + 1, end);
       second_ = !second_;
@@ -137,12 +132,10 @@ class ClusterWeights {
     using L = Layout<kChannels>;
     constexpr int kTiles = L::kChannelTiles;
     using S = Share<kChannels, kChannels>;
-    // The first convolution of later segments has half of the slices.
-    const bool halved = kTiles > 1 && block == 0 && !second_;
-    const int first = kTiles == 1 ? 1 + 2 * block + second_
-                      : halved    ? 0
-                                  : 2 * kTiles * block - kTiles / 2 + second_ * kTiles;
-    const int parts = (halved ? kTiles / 2 : kTiles) * S::kBlockTiles;
+    const int end = slices_before(kChannels, block + 1);
+    const int middle = end - kTiles;  // the second convolution has as many in all segments
+    const int first = second_ ? middle : slices_before(kChannels, block);
+    const int parts = ((second_ ? end : middle) - first) * S::kBlockTiles;
     const int first_tile = cluster_rank() % S::kBandBlocks * S::kBlockTiles;
     uint32_t target = kRingAt + fill_;
 #pragma unroll 1

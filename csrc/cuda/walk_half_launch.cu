@@ -23,7 +23,7 @@ namespace {
 // 233,472). sm_86 and sm_89 have room for one (99 KB).
 //
 // Registers: two blocks of 256 threads leave 128 of 65,536 to each. A convolution holds 32 sums, 12
-// registers of weights, 4 of input, and addresses; nvcc 13.0 takes 125. All 64 sums of segment 1
+// registers of weights, 4 of input, and addresses; nvcc 13.0 takes 122. All 64 sums of segment 1
 // at a time (four tiles of 8 pixels instead of twice two) would spare a second reading of its
 // weights from shared memory, and spill.
 //

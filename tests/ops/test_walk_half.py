@@ -28,7 +28,6 @@ from blockdrop_fast.measure.tolerance import make_reference
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.networks.resnet import ResNet, resnet_cifar
 from blockdrop_fast.ops.walk_half import (
-    classifier_offset,
     walk_half,
     walk_half_policy,
     walk_half_reference,
@@ -74,7 +73,6 @@ class _Call(ctypes.Structure):
         ("num_paths", ctypes.c_int64),
         ("num_blocks", ctypes.c_int64),
         ("weights", ctypes.c_void_p * 2),
-        ("classifier", ctypes.c_int64 * 2),
         ("layers", (ctypes.c_int64 * 3) * 2),
         ("num_classes", ctypes.c_int64 * 2),
         ("subsample", ctypes.c_int64 * 2),
@@ -123,7 +121,6 @@ class Simulator:
         call.num_blocks, call.logits = sum(networks[0][1]), logits.data_ptr()
         for i, (weights, layers, num_classes, subsample) in enumerate(networks):
             call.weights[i] = weights.data_ptr()
-            call.classifier[i] = classifier_offset(layers)
             call.layers[i][:] = layers
             call.num_classes[i], call.subsample[i] = num_classes, subsample
         return call

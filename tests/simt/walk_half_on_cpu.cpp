@@ -11,7 +11,7 @@ using namespace blockdrop::walk_half;
 
 extern "C" {
 
-// Pointers as in Paths; classifiers are found behind the slices by the caller.
+// Pointers as in Paths.
 struct Call {
   const uint16_t* images;
   const bool* given;
@@ -19,7 +19,6 @@ struct Call {
   int64_t num_images, num_paths;
   int64_t num_blocks;
   const unsigned char* weights[2];  // backbone, policy network
-  int64_t classifier[2];            // byte offset in weights
   int64_t layers[2][3];
   int64_t num_classes[2];
   int64_t subsample[2];
@@ -41,13 +40,8 @@ void run_walk(const Call* call, int thread_blocks, int bfloat16) {
   paths.num_blocks = static_cast<int>(call->num_blocks);
   for (int i = 0; i < 2; ++i) {
     Network& network = i == 0 ? paths.backbone : paths.policy;
-    network.weights = call->weights[i];
-    network.classifier = reinterpret_cast<const float*>(call->weights[i] + call->classifier[i]);
-    for (int segment = 0; segment < 3; ++segment) {
-      network.layers[segment] = static_cast<int>(call->layers[i][segment]);
-    }
-    network.num_classes = static_cast<int>(call->num_classes[i]);
-    network.subsample = call->subsample[i] != 0;
+    network = read_network(call->weights[i], call->layers[i], call->num_classes[i],
+                           call->subsample[i] != 0);
   }
   paths.logits = call->logits;
   paths.decisions = call->decisions;
