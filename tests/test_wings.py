@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+import blockdrop_fast
+
 PACKAGE = "blockdrop_fast"
+INSTALLED = Path(blockdrop_fast.__file__).parents[1]  # the checkout, or where a wheel went
+TESTS = Path(__file__).parent
 # From the top down. What stands in no folder, but for the engine, is the bottom.
 WINGS = (
     "commands",
@@ -107,17 +110,17 @@ def cycle(root: Path) -> str:
 
 
 def test_imports_point_downwards():
-    assert not (wrong := wrong_imports(ROOT)), "\n".join(wrong)
+    assert not (wrong := wrong_imports(INSTALLED)), "\n".join(wrong)
 
 
 def test_no_cycles():
-    assert cycle(ROOT) == ""
+    assert cycle(INSTALLED) == ""
 
 
 def test_tests_do_not_import_tests():
     """What several need is in modules of its own, such as random_networks.py."""
     found = []
-    for path in sorted((ROOT / "tests").rglob("*.py")):
+    for path in sorted(TESTS.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -126,7 +129,7 @@ def test_tests_do_not_import_tests():
             else:
                 continue
             found += [
-                f"{path.relative_to(ROOT)}:{node.lineno}: {name}"
+                f"{path.relative_to(TESTS.parent)}:{node.lineno}: {name}"
                 for name in names
                 if name.startswith("tests.") and ".test_" in name
             ]
