@@ -469,8 +469,8 @@ BAD_DECISIONS = {
     "nan": (torch.full((2, 6), torch.nan), ValueError, "expected only 0 and 1, got nan"),
     "meta": (
         torch.ones(2, 6, device="meta"),
-        ValueError,
-        "decisions: expected on cpu as the images, got on meta",
+        TypeError,
+        "decisions: expected a tensor with values, got one on the meta device",
     ),
 }
 
