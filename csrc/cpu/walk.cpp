@@ -424,23 +424,23 @@ class Walk {
       }
     }
 
-    // Runs a layer of `segment` in parts of pairs of rows and blocks of output channels.
+    // Runs a layer of `segment` in parts of pairs of rows and panels.
     template <class Run>
     void step_in_parts(int segment, const Run& run) {
       const int height = walk_.height(segment);
-      const int blocks = kWidths[segment] / block_channels(kWidths[segment]);
+      const int panels = kWidths[segment] / panel_channels(kWidths[segment]);
       if (!together_) {
-        run(Part{0, height, 0, blocks, kernel_scratch_});
+        run(Part{0, height, 0, panels, kernel_scratch_});
         return;
       }
-      // Blocks first: parts of different blocks read different weights.
+      // Panels first: parts of different panels read different weights.
       const int pairs = (height + 1) / 2;
-      const int row_parts = std::min((walk_.num_threads_ + blocks - 1) / blocks, pairs);
-      step(blocks * row_parts, [&](int part) {
-        const int block = part % blocks;
-        const int rows = part / blocks;
+      const int row_parts = std::min((walk_.num_threads_ + panels - 1) / panels, pairs);
+      step(panels * row_parts, [&](int part) {
+        const int panel = part % panels;
+        const int rows = part / panels;
         run(Part{2 * (pairs * rows / row_parts),
-                 std::min(2 * (pairs * (rows + 1) / row_parts), height), block, block + 1,
+                 std::min(2 * (pairs * (rows + 1) / row_parts), height), panel, panel + 1,
                  kernel_scratch_});
       });
     }
@@ -495,7 +495,7 @@ class Walk {
         const Conv conv{before, network_.convs[2 * block], nullptr,
                         hidden, walk_.height(segment),     walk_.width(segment)};
         step_in_parts(segment, [&](const Part& part) {
-          if (part.block_begin == 0) kernels_.shortcut(shortcut, part);
+          if (part.panel_begin == 0) kernels_.shortcut(shortcut, part);
           if (keep) kernels_.strided_convs[segment](conv, part);
         });
       } else if (keep) {

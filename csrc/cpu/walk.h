@@ -8,11 +8,11 @@
 
 namespace blockdrop::walk {
 
-// Output channels that are stored together in packed weights.
-constexpr int kBlockChannels = 32;
+// A panel: output channels that are stored together in packed weights.
+constexpr int kPanelChannels = 32;
 
-constexpr int block_channels(int channels) {
-  return channels < kBlockChannels ? channels : kBlockChannels;
+constexpr int panel_channels(int channels) {
+  return channels < kPanelChannels ? channels : kPanelChannels;
 }
 
 // Winograd's F(2x2, 3x3) computes 2x2 output pixels from a tile of 4x4 input pixels with 16
@@ -28,20 +28,20 @@ constexpr int product_stride(int channels) { return kTiles * channels + 16; }
 constexpr int kScratchFloats = 2 * kTileProducts * product_stride(64);
 
 // A part of one layer: rows [row_begin, row_end) of the output, where row_begin is even and
-// row_end is even or the height, and of its channel blocks [block_begin, block_end). Every output
+// row_end is even or the height, and of its panels [panel_begin, panel_end). Every output
 // element is the same sum in the same order however a layer is cut into parts.
 struct Part {
   int row_begin, row_end;
-  int block_begin, block_end;
+  int panel_begin, panel_end;
   float* scratch;  // [kScratchFloats], the calling thread's own
 };
 
 // output = relu(convolution(input) + bias + residual)
 struct Conv {
   const float* input;     // [stride * height + 2, stride * width + 2, in_channels]
-  const float* weights;   // [out_channels] bias, then [out_channels / b, 3, 3, in_channels, b],
-                          // where b = block_channels(out_channels), then, if in_channels ==
-                          // out_channels, Winograd's [out_channels / b, 4, 4, in_channels, b]
+  const float* weights;   // [out_channels] bias, then [out_channels / p, 3, 3, in_channels, p],
+                          // where p = panel_channels(out_channels), then, if in_channels ==
+                          // out_channels, Winograd's [out_channels / p, 4, 4, in_channels, p]
   const float* residual;  // [height + 2, width + 2, out_channels], may be the output; or null
   float* output;          // [height + 2, width + 2, out_channels]
   int height, width;      // of the output

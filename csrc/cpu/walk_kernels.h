@@ -42,7 +42,7 @@ inline void store(float* p, Vec v) { *reinterpret_cast<VecInMemory*>(p) = v; }
 
 // Vectors of output channels that are summed up at once.
 constexpr int vectors_at_once(int channels) {
-  const int vectors = block_channels(channels) / kLanes;
+  const int vectors = panel_channels(channels) / kLanes;
   return vectors < kMaxVectors ? vectors : kMaxVectors;
 }
 
@@ -56,12 +56,12 @@ inline Vec relu(Vec v) {
 // One output pixel after the other, kPixels at a time: sums += input * weights over 3x3 taps.
 template <int kIn, int kOut, int kStride, int kPixels, int kVectors>
 inline void convolve_pixels(const float* x,         // [3.., x_row] at the first tap
-                            const float* weights,   // [3, 3, kIn, block_channels(kOut)]
+                            const float* weights,   // [3, 3, kIn, panel_channels(kOut)]
                             const float* bias,      // [kVectors * kLanes]
                             const float* residual,  // [kPixels, kOut] or null
                             float* y,               // [kPixels, kOut]
                             int x_row) {
-  constexpr int kBlock = block_channels(kOut);
+  constexpr int kPanel = panel_channels(kOut);
   Vec sums[kPixels][kVectors];
 #pragma GCC unroll 16
   for (int p = 0; p < kPixels; ++p) {
@@ -71,7 +71,7 @@ inline void convolve_pixels(const float* x,         // [3.., x_row] at the first
   for (int ky = 0; ky < 3; ++ky) {
     for (int kx = 0; kx < 3; ++kx) {
       const float* tap = x + ky * x_row + kx * kIn;
-      for (int c = 0; c < kIn; ++c, weights += kBlock) {
+      for (int c = 0; c < kIn; ++c, weights += kPanel) {
         Vec w[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) w[v] = load(weights + v * kLanes);
@@ -113,17 +113,17 @@ inline void convolve_row(const float* x, const float* weights, const float* bias
 
 template <int kIn, int kOut, int kStride>
 void convolve(const Conv& conv, const Part& part) {
-  constexpr int kBlock = block_channels(kOut);
+  constexpr int kPanel = panel_channels(kOut);
   constexpr int kVectors = vectors_at_once(kOut);
   constexpr int kPixels = kSums / kVectors;
   const int x_row = (conv.width * kStride + 2) * kIn;
   const int y_row = (conv.width + 2) * kOut;
-  for (int block = part.block_begin; block < part.block_end; ++block) {
-    const float* weights = conv.weights + kOut + block * 9 * kIn * kBlock;
+  for (int panel = part.panel_begin; panel < part.panel_end; ++panel) {
+    const float* weights = conv.weights + kOut + panel * 9 * kIn * kPanel;
     for (int row = part.row_begin; row < part.row_end; ++row) {
       const float* x = conv.input + row * kStride * x_row;
-      for (int channel = 0; channel < kBlock; channel += kVectors * kLanes) {
-        const int out = block * kBlock + channel;
+      for (int channel = 0; channel < kPanel; channel += kVectors * kLanes) {
+        const int out = panel * kPanel + channel;
         const int at = (row + 1) * y_row + kOut + out;
         convolve_row<kIn, kOut, kStride, kPixels, kVectors>(
             x, weights + channel, conv.weights + out, conv.residual ? conv.residual + at : nullptr,
@@ -178,20 +178,20 @@ inline void transform_input(const float* x,  // [4.., x_row] at the tile's first
 // weights here, 64 channels run at less than half the speed when the weights are not in L3.
 template <int kChannels, int kPixels, int kVectors>
 inline void multiply(const float* x,        // [num_tiles, kChannels]
-                     const float* weights,  // [kChannels, block_channels(kChannels)]
+                     const float* weights,  // [kChannels, panel_channels(kChannels)]
                      float* y,              // [num_tiles, kChannels]
                      int tile, int num_tiles) {
-  constexpr int kBlock = block_channels(kChannels);
+  constexpr int kPanel = panel_channels(kChannels);
   constexpr int kCacheLine = 16;
   for (; tile + kPixels <= num_tiles; tile += kPixels) {
     Vec sums[kPixels][kVectors] = {};
 #pragma GCC unroll 2
     for (int c = 0; c < kChannels; ++c) {
-      const float* row = weights + c * kBlock;
+      const float* row = weights + c * kPanel;
       if (kChannels > 16 && tile == 0) {
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors * kLanes; i += kCacheLine) {
-          __builtin_prefetch(row + kChannels * kBlock + i);
+          __builtin_prefetch(row + kChannels * kPanel + i);
         }
       }
       Vec w[kVectors];
@@ -253,7 +253,7 @@ inline void transform_output(const float* products,  // [kTileProducts, product_
 // A layer with even height and width.
 template <int kChannels>
 void convolve_winograd(const Conv& conv, const Part& part) {
-  constexpr int kBlock = block_channels(kChannels);
+  constexpr int kPanel = panel_channels(kChannels);
   constexpr int kVectors = vectors_at_once(kChannels);
   constexpr int kStride = product_stride(kChannels);
   const int row = (conv.width + 2) * kChannels;
@@ -270,13 +270,13 @@ void convolve_winograd(const Conv& conv, const Part& part) {
       const int x = (begin + t) % tiles_in_row * 2;
       transform_input<kChannels>(conv.input + y * row + x * kChannels, row, inputs + t * kChannels);
     }
-    for (int block = part.block_begin; block < part.block_end; ++block) {
+    for (int panel = part.panel_begin; panel < part.panel_end; ++panel) {
       for (int i = 0; i < kTileProducts; ++i) {
-        const float* weights = all_weights + (block * kTileProducts + i) * kChannels * kBlock;
-        for (int channel = 0; channel < kBlock; channel += kVectors * kLanes) {
+        const float* weights = all_weights + (panel * kTileProducts + i) * kChannels * kPanel;
+        for (int channel = 0; channel < kPanel; channel += kVectors * kLanes) {
           multiply<kChannels, kSums / kVectors, kVectors>(
               inputs + i * kStride, weights + channel,
-              products + i * kStride + block * kBlock + channel, 0, num_tiles);
+              products + i * kStride + panel * kPanel + channel, 0, num_tiles);
         }
       }
     }
@@ -284,7 +284,7 @@ void convolve_winograd(const Conv& conv, const Part& part) {
       const int y = (begin + t) / tiles_in_row * 2;
       const int x = (begin + t) % tiles_in_row * 2;
       const int at = (y + 1) * row + (x + 1) * kChannels;
-      for (int c = part.block_begin * kBlock; c < part.block_end * kBlock; c += kLanes) {
+      for (int c = part.panel_begin * kPanel; c < part.panel_end * kPanel; c += kLanes) {
         transform_output<kChannels>(products + t * kChannels + c, load(conv.weights + c),
                                     conv.residual ? conv.residual + at + c : nullptr,
                                     conv.output + at + c, row);
