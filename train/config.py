@@ -38,6 +38,9 @@ class Common:
     """Epochs between evaluations on the test split; the last epoch always has one."""
     limit: int | None = None
     """Use only so many training images."""
+    routing_images: int = 2000
+    """Test images on which evaluations also shuffle the decisions, five times, for the routing
+    gain; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,9 @@ class Expert(Common):
     tell what it is."""
     value: float = 3.0
     """Weight of predicting the sets that are right."""
+    static_images: int | None = None
+    """Training images on which the static line is found, for the logs; default: by the depth; 0:
+    it is left out."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,9 @@ class Policy(Common):
     baseline: Literal["self_critical", "leave_one_out"] = "self_critical"
     """Subtracted from the reward: that of the thresholded decisions (paper), or the mean of the
     image's other samples and the thresholded decisions."""
+    static_images: int | None = None
+    """Training images on which the static line is found, once in a stage: of a frozen backbone at
+    the first evaluation, else at the last; default: by the depth; 0: it is left out."""
 
 
 @dataclass(frozen=True)

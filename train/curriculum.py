@@ -26,6 +26,7 @@ from train.loop import (
     evaluation_metrics,
     prepare,
     sampling_generator,
+    static_accuracies_of,
 )
 from train.reward import curriculum_step, forced_blocks
 
@@ -46,6 +47,7 @@ def curriculum(config: Curriculum) -> None:
     run = Run(config, model, [optimizer], [])
     # Its backbone is frozen: only evaluation needs the policy's new weights.
     engine = bdf.compile(model, dtype=engine_dtype(config, device))
+    static = None
     for epoch in run.epochs():
         forced = forced_blocks(num_blocks, epoch, config.blocks_per_epoch)
         means, statistics = Means(), PolicyStatistics()
@@ -75,7 +77,13 @@ def curriculum(config: Curriculum) -> None:
                 decisions[:, :forced] = True
                 return decisions
 
-            evaluation = evaluate_test(engine, dataset, config.workers, decide)
+            if static is None:
+                static = static_accuracies_of(
+                    config.backbone, engine, dataset, config.static_images, config.workers
+                )
+            evaluation = evaluate_test(
+                engine, dataset, config.workers, decide, config.routing_images, static
+            )
             metrics |= evaluation_metrics(evaluation, config.penalty)
         run.finish_epoch(epoch, metrics)
 

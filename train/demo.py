@@ -28,9 +28,11 @@ from blockdrop_fast.measure.workload import load_workload
 from train.config import Curriculum, Demo, Finetune, Pretrain
 from train.curriculum import curriculum
 from train.finetune import finetune
-from train.loop import MODEL_FILE, STATE_FILE, evaluate_test, prepare
+from train.loop import MODEL_FILE, STATE_FILE, evaluate_test, prepare, static_accuracies_of
 from train.pretrain import pretrain
 
+# To choose the sets of the static line on.
+STATIC_IMAGES = 300
 FULL, FULL_ENGINE = "full, PyTorch", "full, this engine"
 AUTHORS, OURS = "BlockDrop, masked", "BlockDrop, skipped"
 # Row of the table -> contender of measure.contenders (for the engine's strategy, which is
@@ -77,16 +79,31 @@ def demo(config: Demo) -> None:
     model = bdf.compile(bdf.load(checkpoint))
     evaluations = {
         FULL: evaluate_test(full, dataset, config.workers),
-        OURS: evaluate_test(model, dataset, config.workers),
+        OURS: evaluate_test(
+            model,
+            dataset,
+            config.workers,
+            routing_images=config.routing_images,
+            static_accuracies=static_accuracies_of(
+                checkpoint, model, dataset, STATIC_IMAGES, config.workers
+            ),
+        ),
     }
     evaluations |= {FULL_ENGINE: evaluations[FULL], AUTHORS: evaluations[OURS]}
     lines, machine = _measure(config, checkpoint, model.strategy, evaluations)
-    print("\n" + format_lines(lines, dataset.name))
+    print("\n" + format_lines(lines, dataset.name, evaluations[OURS]))
     figure = config.out / "demo.png"
     draw(lines, evaluations[OURS], dataset.name, figure)
     with atomic_write(config.out / "demo.json") as path:
         path.write_text(
-            json.dumps({"machine": machine, "lines": [asdict(line) for line in lines]}, indent=1)
+            json.dumps(
+                {
+                    "machine": machine,
+                    "lines": [asdict(line) for line in lines],
+                    "evaluation": evaluations[OURS].to_dict(),
+                },
+                indent=1,
+            )
         )
     print(
         f"\ntrained in {trained:.0f} s, all in {time.monotonic() - started:.0f} s on "
@@ -102,6 +119,7 @@ def _stages(config: Demo) -> dict:
         "device": config.device,
         "threads": config.threads,
         "limit": config.limit,
+        "routing_images": config.routing_images,
         "batch_size": 64,
         "evaluate_every": 1000,
         "checkpoint_every": 5,
@@ -115,6 +133,7 @@ def _stages(config: Demo) -> dict:
         lr=1e-3,
         samples=3,
         baseline="leave_one_out",
+        static_images=STATIC_IMAGES,
         **common,
     )
     third = Finetune(
@@ -126,6 +145,7 @@ def _stages(config: Demo) -> dict:
         alpha=0.95,
         samples=3,
         baseline="leave_one_out",
+        static_images=STATIC_IMAGES,
         penalty=config.penalty,
         bn="active",
         **common,
@@ -171,8 +191,8 @@ def _measure(
     return lines, machine_info()
 
 
-def format_lines(lines: list[Line], dataset: str) -> str:
-    """The table, to print."""
+def format_lines(lines: list[Line], dataset: str, ours: Evaluation) -> str:
+    """The table, and what its model's routing is worth, to print."""
     batches = list(lines[0].milliseconds)
     head = f"{dataset + ', test split':<20} {'accuracy':>9} {'blocks':>7} {'FLOPs':>9}"
     head += "".join(f" {f'ms, batch {batch}':>14} {'speed-up':>8}" for batch in batches)
@@ -186,6 +206,7 @@ def format_lines(lines: list[Line], dataset: str) -> str:
     rows.append("")
     rows += [f"{line.name}: {line.what}" for line in lines]
     rows.append("BlockDrop times include the policy network; medians of interleaved calls.")
+    rows += ["", *ours.format().splitlines()[2:]]
     return "\n".join(rows)
 
 

@@ -32,6 +32,7 @@ from train.loop import (
     evaluation_metrics,
     normalization_of,
     prepare,
+    static_accuracies_of,
 )
 
 EXAMPLES_FILE = "examples.pt"
@@ -68,6 +69,7 @@ def expert(config: Expert) -> None:
     engine = bdf.compile(model, dtype=engine_dtype(config, device))
     right, labels = examples["right"].to(device), train.labels.to(device)
     budget = backbone.num_blocks / 2 if config.budget is None else config.budget
+    static = None
     for epoch in run.epochs():
         means = Means()
         trained.train()
@@ -93,7 +95,14 @@ def expert(config: Expert) -> None:
         _calibrate(model, held_out, budget, config.workers)
         if run.due(epoch, config.evaluate_every):
             engine.refresh()
-            metrics |= evaluation_metrics(evaluate_test(engine, dataset, config.workers), 1.0)
+            if static is None:
+                static = static_accuracies_of(
+                    config.backbone, engine, dataset, config.static_images, config.workers
+                )
+            evaluation = evaluate_test(
+                engine, dataset, config.workers, None, config.routing_images, static
+            )
+            metrics |= evaluation_metrics(evaluation, 1.0)
         run.finish_epoch(epoch, metrics)
 
 

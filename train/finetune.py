@@ -16,6 +16,7 @@ import blockdrop_fast as bdf
 from train.config import Finetune
 from train.distillation import distillation_loss, load_teacher
 from train.loop import (
+    MODEL_FILE,
     Means,
     PolicyStatistics,
     Run,
@@ -25,6 +26,7 @@ from train.loop import (
     evaluation_metrics,
     prepare,
     sampling_generator,
+    static_accuracies_of,
 )
 from train.reward import advantages, explore, policy_gradient_loss, reward
 
@@ -94,7 +96,14 @@ def finetune(config: Finetune) -> None:
         metrics |= statistics.items("train")
         if run.due(epoch, config.evaluate_every):
             engine.refresh()
-            evaluation = evaluate_test(engine, dataset, config.workers)
+            static = None
+            if epoch == config.epochs:
+                static = static_accuracies_of(
+                    config.out / MODEL_FILE, engine, dataset, config.static_images, config.workers
+                )
+            evaluation = evaluate_test(
+                engine, dataset, config.workers, None, config.routing_images, static
+            )
             full = bdf.compile(model.backbone, dtype=dtype)
             full = evaluate_test(full, dataset, config.workers)
             metrics |= evaluation_metrics(evaluation, config.penalty)

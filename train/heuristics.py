@@ -30,7 +30,9 @@ def heuristics(config: Heuristics) -> None:
     rows = {}
     keep = config.keep
     if isinstance(model, bdf.BlockDrop):
-        rows["policy"] = evaluate_test(engine, dataset, config.workers)
+        rows["policy"] = evaluate_test(
+            engine, dataset, config.workers, routing_images=config.routing_images
+        )
         keep = round(rows["policy"].block_usage) if keep is None else keep
     if keep is None:
         raise ValueError("keep: required for a backbone without a policy network")

@@ -25,11 +25,17 @@ from blockdrop_fast.data.image_sets import (
 )
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure.evaluation import Evaluation, evaluate
+from blockdrop_fast.measure.static_line import (
+    cached_accuracies,
+    cached_static_line,
+    default_images,
+)
 from train.config import Common
 
 STATE_FILE = "state.pt"
 MODEL_FILE = "model.safetensors"
 METRICS_FILE = "metrics.json"
+EVALUATION_BATCH = 250
 
 # A run may be resumed with other values of these: they do not change what it computes.
 RESUMABLE = {
@@ -41,6 +47,8 @@ RESUMABLE = {
     "workers",
     "checkpoint_every",
     "evaluate_every",
+    "routing_images",
+    "static_images",
 }
 
 
@@ -260,14 +268,26 @@ class PolicyStatistics:
 
 
 def evaluation_metrics(evaluation: Evaluation, penalty: float) -> dict[str, float]:
-    """Test metrics, at thresholded decisions, under the authors' TensorBoard names."""
-    return {
+    """Test metrics, at thresholded decisions, under the authors' TensorBoard names.
+
+    Behind them what the authors do not log: whether it pays that decisions depend on the image.
+    """
+    metrics = {
         "test_accuracy": evaluation.accuracy,
         "test_reward": evaluation.reward(penalty),
         "test_sparsity": evaluation.block_usage,
         "test_variance": evaluation.block_usage_std,
         "test_unique_policies": evaluation.unique_policies,
     }
+    routing = {
+        "effective_policies": evaluation.effective_policies,
+        "routing_gain": evaluation.routing_gain,
+        "routing_gain_std": evaluation.routing_gain_std,
+        "margin_correlation": evaluation.margin_correlation,
+        "static_accuracy": evaluation.static_accuracy,
+        "envelope_accuracy": evaluation.envelope_accuracy,
+    }
+    return metrics | {f"test_{name}": x for name, x in routing.items() if x is not None}
 
 
 def prepare(config: Common) -> tuple[torch.device, Dataset]:
@@ -309,10 +329,43 @@ def _in_bfloat16(config: Common, device: torch.device) -> bool:
 
 
 def evaluate_test(
-    engine: bdf.Engine, dataset: Dataset, workers: int, decide=None, batch_size: int = 250
+    engine: bdf.Engine,
+    dataset: Dataset,
+    workers: int,
+    decide=None,
+    routing_images: int = 0,
+    static_accuracies: Tensor | None = None,
 ) -> Evaluation:
-    """Evaluate on the test split."""
-    return evaluate(engine, plain_batches(engine.model, dataset.test, batch_size, workers), decide)
+    """Evaluate on the test split; see ``evaluate``."""
+    return evaluate(
+        engine,
+        plain_batches(engine.model, dataset.test, EVALUATION_BATCH, workers),
+        decide,
+        routing_images=routing_images,
+        static_accuracies=static_accuracies,
+    )
+
+
+def static_accuracies_of(
+    checkpoint: Path, engine: bdf.Engine, dataset: Dataset, images: int | None, workers: int
+) -> Tensor | None:
+    """(K+1,) accuracies of the backbone's static line on the test split; None for 0 images.
+
+    Args:
+        checkpoint: beside which they are kept.
+        engine: with the backbone's present weights.
+        images: training images to find the line on; None: by the depth.
+    """
+    if images == 0:
+        return None
+    images = default_images(engine.config.num_blocks) if images is None else images
+    some = dataset.train.subset(min(images, len(dataset.train)))
+
+    def batches(split: ImageSet | ImageFolder) -> Batches:
+        return plain_batches(engine.backbone, split, EVALUATION_BATCH, workers)
+
+    line = cached_static_line(checkpoint, engine, list(batches(some)))
+    return cached_accuracies(checkpoint, engine, line, lambda: batches(dataset.test))
 
 
 def plain_batches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +13,23 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from blockdrop_fast import heuristics
-from blockdrop_fast.data.batches import batches_of, load_dataset
-from blockdrop_fast.data.image_sets import NO_NORMALIZATION, ImageFolder, ImageSet, Normalization
+from blockdrop_fast.data.batches import Batches, batches_of, load_dataset
+from blockdrop_fast.data.image_sets import (
+    NO_NORMALIZATION,
+    Dataset,
+    ImageFolder,
+    ImageSet,
+    Normalization,
+)
 from blockdrop_fast.engine import Engine, compile
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure.evaluation import evaluate
+from blockdrop_fast.measure.static_line import (
+    cached_accuracies,
+    cached_static_line,
+    default_images,
+    line_file,
+)
 from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.checkpoints import load_any
 
@@ -33,6 +46,8 @@ def command(
     keep: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    shuffles: int = 5,
+    static_line: bool = False,
     json: Path | None = None,
 ) -> None:
     """Evaluate a checkpoint on the test split of a data set.
@@ -48,21 +63,39 @@ def command(
         keep: blocks that the heuristic keeps.
         seed: of random_k, which draws one set of blocks for all images.
         device: cpu, cuda, …; auto takes a GPU where there is one.
+        shuffles: permutations of the decisions among the images, for the routing gain.
+        static_line: also find the best sets of blocks of each size for all images, in minutes, and
+            keep them beside the checkpoint. Where they are there already, they are shown anyway.
         json: also write the results to this file.
     """
     if (heuristic is None) != (keep is None):
         raise ValueError("heuristic and keep: give both, or neither")
-    engine, split, normalization = prepare(checkpoint, data, strategy, limit, device)
+    engine, dataset, normalization = prepare(checkpoint, data, strategy, limit, device)
     decide = None if heuristic is None else _decide(heuristic, keep, seed, engine)
-    batches = batches_of(split, batch_size, normalization=normalization, device=engine.device)
-    evaluation = evaluate(engine, batches, decide)
+
+    def batches(split: ImageSet | ImageFolder) -> Batches:
+        return batches_of(split, batch_size, normalization=normalization, device=engine.device)
+
+    accuracies = None
+    if static_line or line_file(checkpoint).exists():
+        train = dataset.train
+        train = train.subset(min(default_images(engine.config.num_blocks), len(train)))
+        kept = {"only_kept": not static_line}
+        line = cached_static_line(checkpoint, engine, list(batches(train)), **kept)
+        if line is not None:
+            accuracies = cached_accuracies(
+                checkpoint, engine, line, lambda: batches(dataset.test), **kept
+            )
+    evaluation = evaluate(
+        engine, batches(dataset.test), decide, shuffles=shuffles, static_accuracies=accuracies
+    )
     if heuristic is not None:
         decisions = f"{heuristic}, {keep} of {engine.config.num_blocks} blocks"
     else:
         decisions = "policy" if isinstance(engine.model, BlockDrop) else "all blocks"
     about = {
         "checkpoint": str(checkpoint),
-        "data": f"{split.name}, test",
+        "data": f"{dataset.name}, test",
         "decisions": decisions,
         "strategy": f"{engine.strategy} ({engine.strategy_reason})",
     }
@@ -78,15 +111,16 @@ def command(
 
 def prepare(
     checkpoint: Path, data: Path | None, strategy: str, limit: int | None, device: str
-) -> tuple[Engine, ImageSet | ImageFolder, Normalization]:
+) -> tuple[Engine, Dataset, Normalization]:
     """What commands need that run a checkpoint on a data set.
 
     Args:
         checkpoint, data, strategy, limit, device: as of ``command``.
 
     Returns:
-        The compiled checkpoint, the test split, and what to normalise its images with. Where a
-        checkpoint does not say that, images are left in 0…1, and a line is printed.
+        The compiled checkpoint, the data set with ``limit`` of its test images, and what to
+        normalise its images with. Where a checkpoint does not say that, images are left in 0…1,
+        and a line is printed.
 
     Raises:
         ValueError: the data set has another number of classes than the network, or ``limit`` or
@@ -105,12 +139,12 @@ def prepare(
     if limit is not None:
         if not 1 <= limit <= len(split):
             raise ValueError(f"limit: expected 1 to {len(split)} images, got {limit}")
-        split = split.subset(limit)
+        dataset = replace(dataset, test=split.subset(limit))
     normalization = engine.backbone.normalization
     if normalization is None:
         print(f"{checkpoint} does not say how to normalise images: they are left in 0…1")
         normalization = NO_NORMALIZATION
-    return engine, split, normalization
+    return engine, dataset, normalization
 
 
 def _device(name: str) -> torch.device:

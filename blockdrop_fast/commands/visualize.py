@@ -75,7 +75,8 @@ def command(
         raise ValueError(f"out: expected a name that ends in .png, .pdf or .svg, got {str(out)!r}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"out: the folder {str(out.parent)!r} does not exist")
-    engine, split, normalization = prepare(checkpoint, data, strategy, limit, device)
+    engine, dataset, normalization = prepare(checkpoint, data, strategy, limit, device)
+    split = dataset.test
     if not isinstance(engine.model, BlockDrop):
         raise ValueError(
             f"checkpoint: {checkpoint} holds a bare backbone, which uses all blocks for all "

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from blockdrop_fast.engine import Engine
+from blockdrop_fast.measure.routing import (
+    at_usage,
+    concave_envelope,
+    effective_policies,
+    margins,
+    rank_correlation,
+    routing_gain,
+    shuffled_decisions,
+)
 from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.flops import flops
 from blockdrop_fast.networks.resnet import ResNet
+
+ROUTING_BATCH = 128
+ROUTING_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,16 @@ class Evaluation:
         segment_usage: mean kept blocks of each segment.
         segment_blocks: blocks of each segment.
         keep_rates: share of images that keep each block (K values).
+        effective_policies: exp(entropy) of the distribution of decisions.
+        routing_images: images on which the next three were measured; 0: they were not.
+        routing_gain: accuracy minus the mean accuracy with the same decisions shuffled among the
+            images; 0 where all have the same. None where it was not measured.
+        routing_gain_std: standard deviation of the shuffles' accuracies.
+        margin_correlation: Spearman's, of the kept blocks with how far the complete network's
+            first logit is ahead of its second. None also where usage is constant.
+        static_accuracy: of the static line (``measure.static_line``), interpolated at the mean
+            usage. None where no line was given.
+        envelope_accuracy: of its upper concave envelope, there.
     """
 
     images: int
@@ -43,6 +65,13 @@ class Evaluation:
     segment_usage: tuple[float, ...]
     segment_blocks: tuple[int, ...]
     keep_rates: tuple[float, ...]
+    effective_policies: float
+    routing_images: int = 0
+    routing_gain: float | None = None
+    routing_gain_std: float | None = None
+    margin_correlation: float | None = None
+    static_accuracy: float | None = None
+    envelope_accuracy: float | None = None
 
     def reward(self, penalty: float) -> float:
         """Mean reward (BlockDrop equation 3) under penalty gamma for wrong predictions."""
@@ -58,23 +87,45 @@ class Evaluation:
             f"{used:.1f}/{total}"
             for used, total in zip(self.segment_usage, self.segment_blocks, strict=True)
         )
-        return "\n".join(
-            [
-                f"images           {self.images}",
-                f"accuracy         {100 * self.accuracy:.2f} %",
-                f"block usage      {self.block_usage:.2f} ± {self.block_usage_std:.2f} "
-                f"of {self.num_blocks}",
-                f"FLOPs/image      {self.flops:.3e} ± {self.flops_std:.2e}",
-                f"unique policies  {self.unique_policies}",
-                f"segment usage    {segments}",
-            ]
-        )
+        lines = [
+            f"images           {self.images}",
+            f"accuracy         {100 * self.accuracy:.2f} %",
+            f"block usage      {self.block_usage:.2f} ± {self.block_usage_std:.2f} "
+            f"of {self.num_blocks}",
+            f"FLOPs/image      {self.flops:.3e} ± {self.flops_std:.2e}",
+            f"unique policies  {self.unique_policies}, effective {self.effective_policies:.1f}",
+            f"segment usage    {segments}",
+        ] + self.format_routing()
+        return "\n".join(lines)
+
+    def format_routing(self) -> list[str]:
+        """The lines that say whether it pays that decisions depend on the image."""
+        lines = []
+        if self.routing_gain is not None:
+            lines.append(
+                f"routing gain     {100 * self.routing_gain:.2f} ± "
+                f"{100 * self.routing_gain_std:.2f} points over shuffled decisions"
+            )
+        if self.margin_correlation is not None:
+            lines.append(
+                f"usage, margin    {self.margin_correlation:.2f} (Spearman; complete network's)"
+            )
+        if self.static_accuracy is not None:
+            lines.append(
+                f"static sets      {100 * self.static_accuracy:.2f} % at this usage, "
+                f"concave envelope {100 * self.envelope_accuracy:.2f} %"
+            )
+        return lines
 
 
 def evaluate(
     engine: Engine,
     batches: Iterable[tuple[Tensor, Tensor]],
     decide: Callable[[Tensor], Tensor] | None = None,
+    *,
+    shuffles: int = 5,
+    routing_images: int | None = None,
+    static_accuracies: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate an engine at its policy's decisions, or at given ones.
 
@@ -82,11 +133,26 @@ def evaluate(
         engine: compiled from a BlockDrop model, or from a backbone (which keeps all blocks).
         batches: of (images (B, 3, H, W) normalised, labels (B,) int64).
         decide: images -> (B, K) decisions, in place of the policy network.
+        shuffles: permutations of the decisions, for the routing gain; each costs what the
+            evaluation costs. 0: the gain and the correlation are not measured.
+        routing_images: images, drawn at random, on which they are; default: all, or as many as
+            fit into 512 MiB.
+        static_accuracies: (K+1,), of the static line on these images.
 
     Raises:
-        ValueError: no images, or labels outside of the network's classes.
+        ValueError: no images, labels outside of the network's classes, ``shuffles`` below 0, or
+            another number of static accuracies.
     """
+    if shuffles < 0:
+        raise ValueError(f"shuffles: expected 0 or more, got {shuffles}")
+    if static_accuracies is not None and len(static_accuracies) != engine.config.num_blocks + 1:
+        raise ValueError(
+            f"static_accuracies: expected {engine.config.num_blocks + 1} values, "
+            f"got {len(static_accuracies)}"
+        )
     all_correct, all_decisions, image_size = [], [], None
+    varies = isinstance(engine.model, BlockDrop) or decide is not None
+    drawn = _Drawn(routing_images if shuffles and varies else 0)
     for images, labels in batches:
         if labels.numel() and int(labels.max()) >= engine.config.num_classes:
             raise ValueError(
@@ -99,13 +165,84 @@ def evaluate(
         else:
             decisions = decide(images)
             logits = engine.run(images, decisions)
-        all_correct.append(logits.argmax(1).cpu() == labels.cpu())
-        all_decisions.append(decisions.bool().cpu())
+        correct, decisions = logits.argmax(1).cpu() == labels.cpu(), decisions.bool().cpu()
+        drawn.add(images, labels.cpu(), decisions, correct)
+        all_correct.append(correct)
+        all_decisions.append(decisions)
         image_size = images.shape[2:]
     if not all_decisions or not sum(map(len, all_decisions)):
         raise ValueError("batches: no images to evaluate")
     model = engine.model if decide is None else engine.backbone
-    return _summarise(model, torch.cat(all_decisions), torch.cat(all_correct), tuple(image_size))
+    evaluation = _summarise(
+        model, torch.cat(all_decisions), torch.cat(all_correct), tuple(image_size)
+    )
+    if shuffles and varies:
+        evaluation = _with_routing(evaluation, engine, drawn, shuffles)
+    if static_accuracies is not None:
+        evaluation = replace(
+            evaluation,
+            static_accuracy=at_usage(static_accuracies, evaluation.block_usage),
+            envelope_accuracy=at_usage(concave_envelope(static_accuracies), evaluation.block_usage),
+        )
+    return evaluation
+
+
+class _Drawn:
+    """Images drawn evenly from a stream, with what was found of them (reservoir sampling)."""
+
+    def __init__(self, most: int | None):
+        self._most = most
+        self._seen = 0
+        self._generator = torch.Generator().manual_seed(0)
+        self.rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def add(self, images: Tensor, *found: Tensor) -> None:
+        if self._most is None and len(images):
+            self._most = max(1, ROUTING_BYTES // images[0].nbytes)
+        for index in range(len(images)):
+            self._seen += 1
+            place = len(self.rows)
+            if place == self._most:
+                place = int(torch.randint(self._seen, (), generator=self._generator))
+                if place >= self._most:
+                    continue
+                self.rows[place] = None
+            else:
+                self.rows.append(None)
+            # Copies: a view would hold its whole batch.
+            self.rows[place] = (images[index].clone(), *(values[index] for values in found))
+
+
+def _with_routing(
+    evaluation: Evaluation, engine: Engine, drawn: _Drawn, shuffles: int
+) -> Evaluation:
+    """The evaluation and, on the drawn images, the gain and the correlation with the margin."""
+    if evaluation.unique_policies == 1:
+        return replace(
+            evaluation, routing_images=evaluation.images, routing_gain=0.0, routing_gain_std=0.0
+        )
+    if not drawn.rows:
+        return evaluation
+    images, *found = zip(*drawn.rows, strict=True)
+    labels, decisions, correct = map(torch.stack, found)
+    everything = torch.ones_like(decisions)[None]
+    sets = torch.cat([shuffled_decisions(decisions, shuffles), everything])
+    outcomes, margin = [], []
+    for start in range(0, len(labels), ROUTING_BATCH):
+        part = slice(start, start + ROUTING_BATCH)
+        batch = torch.stack(images[part])
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        logits = engine.run_sets(batch, sets[:, part].to(engine.device)).float().cpu()
+        outcomes.append(logits[:-1].argmax(-1) == labels[part])
+        margin.append(margins(logits[-1]))
+    gain, spread = routing_gain(correct, torch.cat(outcomes, 1))
+    return replace(
+        evaluation,
+        routing_images=len(labels),
+        routing_gain=gain,
+        routing_gain_std=spread,
+        margin_correlation=rank_correlation(decisions.sum(1), torch.cat(margin)),
+    )
 
 
 def _summarise(
@@ -134,4 +271,5 @@ def _summarise(
         segment_usage=tuple(float(part.sum()) for part in keep_rates.split(layers)),
         segment_blocks=layers,
         keep_rates=tuple(keep_rates.tolist()),
+        effective_policies=effective_policies(decisions),
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from blockdrop_fast.engine import Engine
 from blockdrop_fast.files import atomic_write
+from blockdrop_fast.networks.checkpoints import locate
 
 CRITERION = "cross entropy"
 # Rows of activations that one call computes at most, whatever the number of sets.
@@ -71,7 +72,7 @@ def default_images(num_blocks: int) -> int:
     """Training images to choose the sets on.
 
     Their cost grows with the third power of the blocks. One core takes about 1 minute for 2,000
-    images and ResNet-32, 7 for ResNet-56.
+    images and ResNet-32, 6 for ResNet-56.
     """
     return 2000 if num_blocks <= 27 else 500
 
@@ -151,29 +152,58 @@ def _means(
 
 
 def line_file(checkpoint: str | Path) -> Path:
-    """Where a checkpoint's static line is kept."""
-    return Path(checkpoint).with_suffix(".static_line.json")
+    """Where a checkpoint's static line is kept: beside it."""
+    return locate(checkpoint).with_suffix(".static_line.json")
 
 
 def cached_static_line(
-    checkpoint: str | Path, engine: Engine, batches: Sequence[Batch]
-) -> StaticLine:
+    checkpoint: str | Path, engine: Engine, batches: Sequence[Batch], *, only_kept: bool = False
+) -> StaticLine | None:
     """``static_line``, read from the file beside the checkpoint where that is still true.
 
     It is where backbone weights, images and labels are the same. A folder that cannot be written
     keeps no file.
 
     Args:
-        checkpoint: the file that the engine's model was loaded from.
+        checkpoint: the file that the engine's model was loaded from, or will be saved in.
         engine, batches: as of ``static_line``.
+        only_kept: return None where the line would have to be computed.
     """
     path, key = line_file(checkpoint), fingerprint(engine.backbone, batches)
-    kept = read_line_file(path)
+    kept = _read(path)
     if kept.get("key") == key:
         return StaticLine.from_dict(kept)
+    if only_kept:
+        return None
     line = static_line(engine, batches)
-    write_line_file(path, {"key": key} | line.to_dict())
+    _write(path, {"key": key} | line.to_dict() | {"accuracies": {}})
     return line
+
+
+def cached_accuracies(
+    checkpoint: str | Path,
+    engine: Engine,
+    line: StaticLine,
+    batches: Callable[[], Iterable[Batch]],
+    *,
+    only_kept: bool = False,
+) -> Tensor | None:
+    """``set_accuracies`` of a line that ``cached_static_line`` returned, kept in the same file.
+
+    Args:
+        batches: makes those of the split to measure on; called twice.
+        only_kept: return None where they would have to be measured.
+    """
+    path, key = line_file(checkpoint), fingerprint(engine.backbone, batches())
+    kept = _read(path)
+    accuracies = kept.get("accuracies", {})
+    if key not in accuracies:
+        if only_kept:
+            return None
+        accuracies[key] = set_accuracies(engine, batches(), line.sets).tolist()
+        if kept:
+            _write(path, kept | {"accuracies": accuracies})
+    return torch.tensor(accuracies[key], dtype=torch.float64)
 
 
 def fingerprint(backbone: nn.Module, batches: Iterable[Batch]) -> str:
@@ -193,7 +223,7 @@ def _digest(digest: hashlib._Hash, tensor: Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def read_line_file(path: Path) -> dict:
+def _read(path: Path) -> dict:
     """What a line's file holds; empty where there is none, or none that can be read."""
     try:
         kept = json.loads(path.read_text())
@@ -202,7 +232,7 @@ def read_line_file(path: Path) -> dict:
     return kept if isinstance(kept, dict) else {}
 
 
-def write_line_file(path: Path, values: dict) -> None:
+def _write(path: Path, values: dict) -> None:
     """Write a line's file, where its folder can be written."""
     try:
         with atomic_write(path) as temporary:

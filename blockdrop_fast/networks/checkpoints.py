@@ -317,7 +317,7 @@ def _own_part(tensors: Tensors, prefix: str) -> Tensors:
 # ------------------------------------------------------------------ public
 
 
-def _locate(path: str | os.PathLike) -> Path:
+def locate(path: str | os.PathLike) -> Path:
     """The file of a path, or of the name of a model that comes with the package."""
     path = Path(path)
     shipped = PRETRAINED / f"{path}.safetensors"
@@ -364,7 +364,7 @@ def load_backbone(
         CheckpointError: it is no checkpoint, unsafe, damaged, of another architecture, or
             contradicts an argument.
     """
-    path = _locate(path)
+    path = locate(path)
     content, metadata = _read(path)
     overrides = {"layers": layers, "shortcut": shortcut, "num_classes": num_classes}
     if metadata is not None:
@@ -430,7 +430,7 @@ def load_policy(path: str | os.PathLike) -> PolicyNetwork:
     Raises:
         OSError, CheckpointError: as of ``load_backbone``.
     """
-    path = _locate(path)
+    path = locate(path)
     content, metadata = _read(path)
     if metadata is not None:
         return _own_policy(content, metadata, path)
@@ -500,7 +500,7 @@ def load(path: str | os.PathLike) -> BlockDrop:
         OSError, CheckpointError: as of ``load_backbone``; also if one of the networks is
             absent, or they are of different numbers of blocks.
     """
-    path = _locate(path)
+    path = locate(path)
     content, metadata = _read(path)
     if metadata is not None:
         policy = _own_policy(content, metadata, path)
@@ -525,7 +525,7 @@ def load_any(path: str | os.PathLike) -> BlockDrop | ResNet:
     Raises:
         OSError, CheckpointError: as of ``load`` and ``load_backbone``.
     """
-    content, metadata = _read(_locate(path))
+    content, metadata = _read(locate(path))
     if metadata is not None:
         has_policy = metadata.get("policy") is not None
     else:

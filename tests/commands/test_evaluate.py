@@ -100,6 +100,29 @@ def test_policy_on_digits(model, checkpoint, tmp_path, capsys):
         assert text in printed
 
 
+def test_routing_beside_the_static_line(checkpoint, tmp_path, capsys):
+    path = tmp_path / checkpoint.name
+    path.write_bytes(checkpoint.read_bytes())
+    files = [tmp_path / f"{number}.json" for number in range(3)]
+    assert evaluate(path, "--json", files[0]) == 0
+    assert "static sets" not in capsys.readouterr().out
+    assert evaluate(path, "--json", files[1], "--static-line") == 0
+    assert evaluate(path, "--json", files[2]) == 0  # it is kept beside the checkpoint
+    first, second, third = (json.loads(file.read_text()) for file in files)
+    assert second == third
+    assert first | {"static_accuracy": None} == second | {
+        "static_accuracy": None,
+        "envelope_accuracy": None,
+    }
+    assert second["envelope_accuracy"] >= second["static_accuracy"] > 0
+    assert second["effective_policies"] > 1
+    printed = capsys.readouterr().out
+    assert f"routing gain     {100 * second['routing_gain']:.2f} ± " in printed
+    assert f"static sets      {100 * second['static_accuracy']:.2f} % at this usage" in printed
+    assert evaluate(path, "--shuffles", 0) == 0
+    assert "routing gain" not in capsys.readouterr().out
+
+
 def test_backbone_keeps_all_blocks(model, backbone, tmp_path, capsys):
     file = tmp_path / "result.json"
     assert evaluate(backbone, "--limit", 40, "--json", file, "--strategy", "dense") == 0
@@ -167,6 +190,7 @@ def test_says_that_the_normalization_is_unknown(tmp_path, capsys):
         (["--limit", 0], "limit: expected 1 to 355 images, got 0"),
         (["--limit", 100_000], "limit: expected 1 to 355 images, got 100000"),
         (["--batch-size", 0], "batch_size: expected at least 1, got 0"),
+        (["--shuffles", -1], "shuffles: expected 0 or more, got -1"),
         (["--keep", 3], "heuristic and keep: give both, or neither"),
         (["--heuristic", "first_k"], "heuristic and keep: give both, or neither"),
         (["--heuristic", "first_k", "--keep", 7], "keep: expected 0 to 6 blocks, got 7"),

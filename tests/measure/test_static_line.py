@@ -10,6 +10,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.measure import static_line as static_line_module
 from blockdrop_fast.measure.static_line import (
     StaticLine,
+    cached_accuracies,
     cached_static_line,
     line_file,
     set_accuracies,
@@ -107,6 +108,25 @@ def test_file_is_read_until_weights_or_images_change(engine, batches, line, tmp_
     cached_static_line(checkpoint, engine, batches)
     assert len(computed) == 4
     cached_static_line(tmp_path / "nowhere" / "model.safetensors", engine, batches)
+
+
+def test_kept_accuracies(engine, batches, tmp_path, monkeypatch):
+    checkpoint, passes = tmp_path / "model.safetensors", []
+    real = static_line_module.set_accuracies
+    monkeypatch.setattr(
+        static_line_module, "set_accuracies", lambda *args: passes.append(1) or real(*args)
+    )
+    assert cached_static_line(checkpoint, engine, batches, only_kept=True) is None
+    line = cached_static_line(checkpoint, engine, batches)
+    ask = (checkpoint, engine, line)
+    assert cached_accuracies(*ask, lambda: iter(batches), only_kept=True) is None
+    expected = real(engine, batches, line.sets)
+    for _ in range(2):
+        assert torch.equal(cached_accuracies(*ask, lambda: iter(batches)), expected)
+    assert len(passes) == 1
+    cached_accuracies(*ask, lambda: iter(batches[:1]))
+    assert len(passes) == 2
+    assert torch.equal(cached_accuracies(*ask, lambda: batches, only_kept=True), expected)
 
 
 def test_no_images(engine):

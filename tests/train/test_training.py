@@ -72,6 +72,8 @@ def test_curriculum_frees_blocks_and_logs_the_authors_names(with_policy, pretrai
     for split in ("train", "test"):
         for name in ("accuracy", "reward", "sparsity", "variance", "unique_policies"):
             assert f"{split}_{name}" in history[-1]
+    for name in ("routing_gain", "effective_policies", "static_accuracy", "envelope_accuracy"):
+        assert f"test_{name}" in history[-1]
     assert history[0]["test_sparsity"] >= 2  # two of three blocks were forced on
     model = bdf.load(with_policy / "model.safetensors")
     frozen = bdf.load_backbone(pretrained / "model.safetensors").state_dict()
