@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 
@@ -61,6 +62,19 @@ def make_policy(
     policy = PolicyNetwork(network, pool).eval()
     if images is not None:
         keep_half(policy, images)
+    return policy
+
+
+def make_menu_policy(sets: Tensor, images: Tensor, budget: float | None = 2.5) -> PolicyNetwork:
+    """A policy network that is surer of later ``sets`` (M, K), and calibrated on the images."""
+    menu = Menu(sets)
+    network = make_cifar_network((1, 1, 1), num_classes=len(sets))
+    policy = PolicyNetwork(network, menu=menu).eval()
+    with torch.no_grad():
+        policy.network.fc.weight.mul_(20)
+        wanted = torch.linspace(-1, 2, len(sets))
+        policy.network.fc.bias.sub_(policy.logits(images).mean(0) - wanted)
+        menu.calibrate(policy.logits(images), budget)
     return policy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from blockdrop_fast.data.image_sets import (
 )
 from blockdrop_fast.engine import Engine, compile
 from blockdrop_fast.files import atomic_write
-from blockdrop_fast.measure.evaluation import evaluate
+from blockdrop_fast.measure.evaluation import evaluate, format_curve
 from blockdrop_fast.measure.static_line import (
     cached_accuracies,
     cached_static_line,
@@ -45,6 +46,7 @@ def command(
     heuristic: Heuristic | None = None,
     keep: int | None = None,
     seed: int = 0,
+    budget: tuple[float, ...] = (),
     device: str = "auto",
     shuffles: int = 5,
     static_line: bool = False,
@@ -62,6 +64,8 @@ def command(
         heuristic: decide by this rule (BlockDrop section 4.2) in place of the policy.
         keep: blocks that the heuristic keeps.
         seed: of random_k, which draws one set of blocks for all images.
+        budget: mean kept blocks, of a policy network that chooses from a menu; default: its own.
+            Several give a line each.
         device: cpu, cuda, …; auto takes a GPU where there is one.
         shuffles: permutations of the decisions among the images, for the routing gain.
         static_line: also find the best sets of blocks of each size for all images, in minutes, and
@@ -70,8 +74,14 @@ def command(
     """
     if (heuristic is None) != (keep is None):
         raise ValueError("heuristic and keep: give both, or neither")
+    if heuristic is not None and budget:
+        raise ValueError("budget: a heuristic takes --keep, expected none")
     engine, dataset, normalization = prepare(checkpoint, data, strategy, limit, device)
-    decide = None if heuristic is None else _decide(heuristic, keep, seed, engine)
+    decides: list[Callable[[Tensor], Tensor] | None] = [None]
+    if heuristic is not None:
+        decides = [_decide(heuristic, keep, seed, engine)]
+    elif budget:
+        decides = [partial(engine.decide, budget=blocks) for blocks in budget]
 
     def batches(split: ImageSet | ImageFolder) -> Batches:
         return batches_of(split, batch_size, normalization=normalization, device=engine.device)
@@ -86,13 +96,18 @@ def command(
             accuracies = cached_accuracies(
                 checkpoint, engine, line, lambda: batches(dataset.test), **kept
             )
-    evaluation = evaluate(
-        engine, batches(dataset.test), decide, shuffles=shuffles, static_accuracies=accuracies
-    )
+    evaluations = [
+        evaluate(
+            engine, batches(dataset.test), decide, shuffles=shuffles, static_accuracies=accuracies
+        )
+        for decide in decides
+    ]
     if heuristic is not None:
         decisions = f"{heuristic}, {keep} of {engine.config.num_blocks} blocks"
     else:
         decisions = "policy" if isinstance(engine.model, BlockDrop) else "all blocks"
+    if budget:
+        decisions += f", budget {', '.join(f'{blocks:g}' for blocks in budget)}"
     about = {
         "checkpoint": str(checkpoint),
         "data": f"{dataset.name}, test",
@@ -101,12 +116,14 @@ def command(
     }
     for name, value in about.items():
         print(f"{name:<16} {value}")
-    print(evaluation.format())
+    print(evaluations[0].format() if len(evaluations) == 1 else format_curve(evaluations))
     if json is not None:
         about |= {"strategy": engine.strategy, "strategy_reason": engine.strategy_reason}
         about |= {"heuristic": heuristic, "keep": keep, "seed": seed, "device": str(engine.device)}
         with atomic_write(json) as path:
-            path.write_text(json_module.dumps(about | evaluation.to_dict(), indent=1) + "\n")
+            found = [evaluation.to_dict() for evaluation in evaluations]
+            about |= found[0] if len(found) == 1 else {"budgets": list(budget), "curve": found}
+            path.write_text(json_module.dumps(about, indent=1) + "\n")
 
 
 def prepare(

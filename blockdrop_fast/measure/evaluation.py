@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -116,6 +116,21 @@ class Evaluation:
                 f"concave envelope {100 * self.envelope_accuracy:.2f} %"
             )
         return lines
+
+
+def format_curve(evaluations: Sequence[Evaluation]) -> str:
+    """One table of evaluations of a model at several budgets, a line each, to print."""
+    lines = ["blocks          FLOPs/image  accuracy  policies  routing gain  static line"]
+    for one in evaluations:
+        gain, static = (
+            "" if value is None else f"{100 * value:.2f}"
+            for value in (one.routing_gain, one.static_accuracy)
+        )
+        lines.append(
+            f"{one.block_usage:5.2f} ± {one.block_usage_std:4.2f}  {one.flops:12.3e}  "
+            f"{100 * one.accuracy:8.2f}  {one.effective_policies:8.1f}  {gain:>12}  {static:>11}"
+        )
+    return "\n".join(lines)
 
 
 def evaluate(

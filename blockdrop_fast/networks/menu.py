@@ -8,11 +8,15 @@ for, and the price of a block decides how many are used: one policy network serv
 from __future__ import annotations
 
 from bisect import bisect_right
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-PRICES = 256  # that ``Menu.calibrate`` tries, from nothing to a probability of 1 a block
+# ``Menu.calibrate`` tries prices between two others until their usages are so close in blocks, or
+# the prices are in probability: images that change their set at the same price do so together.
+USAGE_STEP = 0.05
+PRICE_STEP = 1e-7
 
 
 class Menu(nn.Module):
@@ -103,13 +107,22 @@ class Menu(nn.Module):
             ValueError: a budget outside of what the menu reaches on these images.
         """
         cost = self.sets.sum(1).double()
-        table: list[tuple[float, float]] = []
-        for price in (0.0, *torch.logspace(-5, 0, PRICES - 1, dtype=torch.float64).tolist()):
-            usage = float(cost[self.at_price(logits, price)].mean())
-            # Of equal usages the first price: from one usage to the next the curve is a line.
-            if not table or usage < table[-1][1]:
-                table.append((price, usage))
-        self.prices, self.usages = zip(*table, strict=True)
+
+        def tried(price: float) -> tuple[float, float]:
+            return price, float(cost[self.at_price(logits, price)].mean())
+
+        def between(low: tuple[float, float], high: tuple[float, float]) -> list:
+            if low[1] - high[1] <= USAGE_STEP or high[0] - low[0] <= PRICE_STEP:
+                return []
+            middle = tried((low[0] + high[0]) / 2)
+            return [*between(low, middle), middle, *between(middle, high)]
+
+        # For nothing, every image gets what it is surest of; for a probability of 1, no block.
+        ends = tried(0.0), tried(1.0)
+        table = [ends[0], *between(*ends), ends[1]]
+        # Of equal usages the first price: from one usage to the next the curve is a line.
+        steps = [b for a, b in pairwise(table) if b[1] < a[1]]
+        self.prices, self.usages = zip(table[0], *steps, strict=True)
         if budget is not None:
             self.price(budget)
             self.budget = float(budget)

@@ -12,7 +12,7 @@ from blockdrop_fast.data.batches import batches_of, load_digits
 from blockdrop_fast.data.image_sets import Normalization
 from blockdrop_fast.networks.checkpoints import load_any
 from tests.networks.state_dicts import authors_keys, authors_policy_keys
-from tests.random_networks import keep_half
+from tests.random_networks import keep_half, make_menu_policy
 
 NORMALIZATION = Normalization(mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
 
@@ -184,9 +184,34 @@ def test_says_that_the_normalization_is_unknown(tmp_path, capsys):
     assert "does not say how to normalise images" in capsys.readouterr().out
 
 
+def test_budgets(model, tmp_path, capsys):
+    images, _ = digits()
+    sets = torch.ones(4, 6).triu(2).bool().flip(0)  # of 1 to 4 blocks
+    policy = make_menu_policy(sets, images, budget=2.0)
+    checkpoint, file = tmp_path / "menu.safetensors", tmp_path / "result.json"
+    bdf.save(bdf.BlockDrop(model.backbone, policy), checkpoint)
+    assert evaluate(checkpoint, "--json", file) == 0
+    own = json.loads(file.read_text())
+    assert own["block_usage"] == pytest.approx(2.0, abs=0.02)
+    assert evaluate(checkpoint, "--budget", 1.5, 2, 3.25, "--json", file) == 0
+    found = json.loads(file.read_text())
+    assert found["budgets"] == [1.5, 2, 3.25]
+    usages = [one["block_usage"] for one in found["curve"]]
+    assert usages == pytest.approx(found["budgets"], abs=0.02)
+    assert found["curve"][1]["accuracy"] == own["accuracy"]
+    printed = capsys.readouterr().out
+    assert "decisions        policy, budget 1.5, 2, 3.25" in printed
+    for one in found["curve"]:
+        assert f"{one['block_usage']:5.2f} ± {one['block_usage_std']:4.2f}" in printed
+    assert evaluate(checkpoint, "--budget", 5) == 1
+    assert "budget: expected from 1 to 4 blocks, got 5" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--budget", 3], "budget: this policy network decides at one usage only"),
+        (["--heuristic", "first_k", "--keep", 3, "--budget", 3], "budget: a heuristic takes"),
         (["--limit", 0], "limit: expected 1 to 355 images, got 0"),
         (["--limit", 100_000], "limit: expected 1 to 355 images, got 100000"),
         (["--batch-size", 0], "batch_size: expected at least 1, got 0"),

@@ -10,21 +10,16 @@ import blockdrop_fast as bdf
 from blockdrop_fast.networks.checkpoints import CheckpointError
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import PolicyNetwork
-from tests.random_networks import CIFAR, make_cifar_network, make_images, make_model, make_network
+from tests.random_networks import (
+    CIFAR,
+    make_cifar_network,
+    make_images,
+    make_menu_policy,
+    make_model,
+    make_network,
+)
 
 SETS = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 1], [1, 1, 1, 1, 1]]).bool()
-
-
-def make_menu_policy(images: torch.Tensor, budget: float | None = 2.5) -> PolicyNetwork:
-    """A policy network that is surer of larger sets, and calibrated on the images."""
-    menu = Menu(SETS)
-    policy = PolicyNetwork(make_cifar_network((1, 1, 1), num_classes=len(SETS)), menu=menu).eval()
-    with torch.no_grad():
-        policy.network.fc.weight.mul_(20)
-        logits = policy.logits(images)
-        policy.network.fc.bias.sub_(logits.mean(0) - torch.tensor([-1.0, 0.0, 1.0, 2.0]))
-        menu.calibrate(policy.logits(images), budget)
-    return policy
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +29,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def model(images):
-    return bdf.BlockDrop(make_network(CIFAR), make_menu_policy(images)).eval()
+    return bdf.BlockDrop(make_network(CIFAR), make_menu_policy(SETS, images)).eval()
 
 
 def test_chooses_the_set_that_is_worth_its_price():
@@ -49,13 +44,13 @@ def test_chooses_the_set_that_is_worth_its_price():
 
 @pytest.mark.parametrize("budget", [1.5, 2.0, 2.5, 3.25, 4.5])
 def test_budgets_are_met_on_the_images_of_the_calibration(images, budget):
-    policy = make_menu_policy(images)
+    policy = make_menu_policy(SETS, images)
     usage = policy.decide(images, budget).sum(1).float().mean()
     assert abs(usage - budget) <= 4 / 64  # one image that changes from one set to another
 
 
 def test_the_ends_of_the_range_are_reached(images):
-    policy = make_menu_policy(images)
+    policy = make_menu_policy(SETS, images)
     for usage in (policy.menu.usages[0], policy.menu.usages[-1]):
         assert policy.decide(images, usage).sum(1).float().mean() == pytest.approx(usage)
 
@@ -83,7 +78,7 @@ def test_in_an_engine(model, images, strategy):
 
 
 def test_engine_is_a_snapshot(images):
-    model = bdf.BlockDrop(make_network(CIFAR), make_menu_policy(images)).eval()
+    model = bdf.BlockDrop(make_network(CIFAR), make_menu_policy(SETS, images)).eval()
     engine = bdf.compile(model)
     before = engine.decide(images)
     model.policy.menu.budget = 4.0
@@ -143,7 +138,7 @@ def test_budgets_out_of_reach(model, images, budget):
 
 
 def test_no_budget_of_its_own(images):
-    policy = make_menu_policy(images, budget=None)
+    policy = make_menu_policy(SETS, images, budget=None)
     with pytest.raises(ValueError, match=r"budget: expected from 1 to 5 blocks, got None"):
         policy(images)
 
