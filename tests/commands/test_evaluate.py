@@ -100,6 +100,7 @@ def test_policy_on_digits(model, checkpoint, tmp_path, capsys):
         assert text in printed
 
 
+@pytest.mark.slow
 def test_routing_beside_the_static_line(checkpoint, tmp_path, capsys):
     path = tmp_path / checkpoint.name
     path.write_bytes(checkpoint.read_bytes())

@@ -96,6 +96,7 @@ def test_examples_are_what_the_backbone_does(digits):
             torch.testing.assert_close(column, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_learns_to_tell_images_apart(trained):
     history = json.loads((trained / "metrics.json").read_text())
     assert history[-1]["train_value_loss"] < history[0]["train_value_loss"]
@@ -110,6 +111,7 @@ def test_learns_to_tell_images_apart(trained):
     assert len(engine.decide(images).unique(dim=0)) > 1
 
 
+@pytest.mark.slow
 def test_resumes_to_the_same(config, trained, tmp_path):
     with pytest.raises(FileExistsError):
         expert(config)
@@ -136,6 +138,7 @@ def test_resumes_to_the_same(config, trained, tmp_path):
     assert one.policy.menu.prices == other.policy.menu.prices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
