@@ -129,6 +129,9 @@ class Policy(Common):
     baseline: Literal["self_critical", "leave_one_out"] = "self_critical"
     """Subtracted from the reward: that of the thresholded decisions (paper), or the mean of the
     image's other samples and the thresholded decisions."""
+    entropy_form: Literal["authors", "bernoulli"] = "authors"
+    """What --entropy weighs: the authors' -s' log s' over all blocks, which draws s' to 0.37, or
+    the entropy of s itself over free blocks, which keeps s from saturating at 0 or 1."""
     static_images: int | None = None
     """Training images on which the static line is found, once in a stage: of a frozen backbone at
     the first evaluation, else at the last; default: by the depth; 0: it is left out."""
@@ -155,7 +158,7 @@ class Curriculum(Policy):
     penalty: float = 1.0
     """gamma: a wrong prediction's reward is -gamma. The authors' curriculum: 1."""
     entropy: float = 0.1
-    """beta, of the authors' bonus on -s' log s' over all blocks; not in the paper. 0: none."""
+    """beta, the weight of the authors' bonus (--entropy-form); not in the paper. 0: none."""
     blocks_per_epoch: float = 1.0
     """Blocks freed each epoch, last ones first. Paper: 1 (the first K - t stay on in epoch t)."""
 
@@ -179,6 +182,8 @@ class Finetune(Policy):
     """"step" divides by ten after 80 % of the epochs (paper, CIFAR); "constant" stays (paper,
     ImageNet); "one_cycle" warms up and anneals."""
     weight_decay: float = 0.0
+    entropy: float = 0.0
+    """beta, as in the curriculum; neither the paper nor the authors' code has it here."""
     penalty: float = 5.0
     """gamma: a wrong prediction's reward is -gamma. Paper: 2, 5, 10."""
     bn: Literal["all", "active", "frozen"] = "all"

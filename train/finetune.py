@@ -28,13 +28,14 @@ from train.loop import (
     sampling_generator,
     static_accuracies_of,
 )
-from train.reward import advantages, explore, policy_gradient_loss, reward
+from train.reward import explore, policy_loss, reward
 
 
 def finetune(config: Finetune) -> None:
     """Train backbone and policy jointly (Algorithm 1, lines 14 to 16).
 
-    loss = policy-gradient loss (summed over the batch) + cross entropy of a sampled pass. With
+    loss = policy-gradient loss and entropy bonus (summed over the batch) + cross entropy of a
+    sampled pass. With
     ``--bn all`` both passes are the authors': masked, in train mode, both updating the running
     statistics. Otherwise the gradient pass computes active images only, and all rewards come from
     one gradient-free call of an engine that takes over the weights before each step.
@@ -74,8 +75,8 @@ def finetune(config: Finetune) -> None:
                         logits, teacher(images.to(dtype)).logits.float(), config.temperature
                     )
             rewards = reward(correct, decisions, config.penalty)
-            advantage = advantages(rewards[1:], rewards[0], config.baseline)
-            loss = policy_gradient_loss(exploring, decisions[1:], advantage, 0) + classification
+            loss = policy_loss(probabilities, exploring, decisions, rewards, config, 0)
+            loss = loss + classification
             run.check_finite(
                 loss,
                 epoch=epoch,

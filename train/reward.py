@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import blockdrop_fast as bdf
-from train.config import Curriculum, Policy
+from train.config import Curriculum, Finetune, Policy
 
 
 def reward(correct: Tensor, decisions: Tensor, penalty: float) -> Tensor:
@@ -93,9 +93,28 @@ def policy_gradient_loss(
     return -(advantage * log_probability).mean(0).sum()
 
 
-def entropy_bonus(probabilities: Tensor) -> Tensor:
-    """Sum of -s' log s' over images and all blocks, also forced ones (the authors' code)."""
-    return -(probabilities * probabilities.log()).sum()
+def entropy_bonus(probabilities: Tensor, exploring: Tensor, form: str, forced: int) -> Tensor:
+    """What rewards an undecided policy, summed over images and blocks.
+
+    Args:
+        probabilities: (B, K), s, with gradient.
+        exploring: (B, K), s', with gradient.
+        form: "authors": -s' log s' over all blocks, also forced ones (the authors' code).
+            "bernoulli": the entropy -s log s - (1 - s) log(1 - s) over free blocks; of s, as a
+            bounded s' is undecided whatever s is.
+        forced: so many first blocks are on.
+
+    Returns:
+        Scalar.
+    """
+    if form == "authors":
+        return -(exploring * exploring.log()).sum()
+    if form == "bernoulli":
+        # 0 log 0 = 0, and its gradient is not NaN either.
+        tiny = torch.finfo(probabilities.dtype).eps
+        keep = probabilities[:, forced:].clamp(tiny, 1 - tiny)
+        return -(keep * keep.log() + (1 - keep) * (1 - keep).log()).sum()
+    raise ValueError(f"entropy_form: expected 'authors' or 'bernoulli', got {form!r}")
 
 
 @dataclass(frozen=True)
@@ -134,6 +153,34 @@ def explore(
     return exploring, torch.cat([thresholded[None], sampled])
 
 
+def policy_loss(
+    probabilities: Tensor,
+    exploring: Tensor,
+    decisions: Tensor,
+    rewards: Tensor,
+    config: Curriculum | Finetune,
+    forced: int,
+) -> Tensor:
+    """The policy network's loss, summed over images: policy gradient and entropy bonus.
+
+    Args:
+        probabilities: (B, K), s, with gradient.
+        exploring: (B, K), s', with gradient, of ``explore``.
+        decisions: (1 + S, B, K), of ``explore``.
+        rewards: (1 + S, B), theirs.
+        forced: so many first blocks are on.
+
+    Returns:
+        Scalar.
+    """
+    advantage = advantages(rewards[1:], rewards[0], config.baseline)
+    loss = policy_gradient_loss(exploring, decisions[1:], advantage, forced)
+    if config.entropy:
+        bonus = entropy_bonus(probabilities, exploring, config.entropy_form, forced)
+        loss = loss - config.entropy * bonus
+    return loss
+
+
 def curriculum_step(
     probabilities: Tensor,
     labels: Tensor,
@@ -153,7 +200,5 @@ def curriculum_step(
     exploring, decisions = explore(probabilities, config, forced, generator)
     correct = logits(decisions).argmax(-1) == labels
     rewards = reward(correct, decisions, config.penalty)
-    advantage = advantages(rewards[1:], rewards[0], config.baseline)
-    loss = policy_gradient_loss(exploring, decisions[1:], advantage, forced)
-    loss = (loss - config.entropy * entropy_bonus(exploring)) / len(labels)
+    loss = policy_loss(probabilities, exploring, decisions, rewards, config, forced) / len(labels)
     return Step(decisions, correct, rewards, loss)

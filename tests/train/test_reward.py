@@ -90,6 +90,26 @@ def test_policy_gradient_equals_the_exact_gradient_of_the_expected_reward():
     assert torch.allclose(estimate, expected)
 
 
-def test_entropy_bonus_counts_all_blocks():
+def test_authors_entropy_bonus_counts_all_blocks():
     s = torch.tensor([[0.5, 1.0], [0.25, 0.5]])
-    assert entropy_bonus(s).item() == pytest.approx(1.5 * math.log(2))
+    bonus = entropy_bonus(torch.zeros_like(s), s, "authors", forced=1)
+    assert bonus.item() == pytest.approx(1.5 * math.log(2))
+
+
+def test_bernoulli_entropy_counts_free_blocks_and_pulls_saturated_ones_back():
+    logits = torch.tensor([[3.0, 0.0, 4.0, -200.0, 200.0]], requires_grad=True)
+    s = logits.sigmoid()
+    bonus = entropy_bonus(s, bounded(s, 0.8), "bernoulli", forced=1)
+    free = torch.distributions.Bernoulli(s.detach()[:, 1:3]).entropy().sum()
+    assert bonus.item() == pytest.approx(free.item(), rel=1e-4)
+    (gradient,) = torch.autograd.grad(bonus, logits)
+    p = torch.sigmoid(torch.tensor(4.0)).item()
+    # dH/dlogit = -s (1 - s) logit; the forced block has none, and far tails no NaN.
+    expected = [0, 0, -p * (1 - p) * 4, 0, 0]
+    assert gradient[0].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_unknown_entropy_form_is_an_error():
+    half = torch.full((1, 1), 0.5)
+    with pytest.raises(ValueError, match="entropy_form"):
+        entropy_bonus(half, half, "none", 0)

@@ -100,6 +100,38 @@ def test_curriculum_goes_on_with_a_policy(with_policy, pretrained, tmp_path):
         curriculum(both)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"entropy_form": "bernoulli"}],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_stages_with_options_beyond_the_paper(with_policy, pretrained, tmp_path, options):
+    small = {"limit": 64, "batch_size": 32, "threads": 1, "epochs": 1, "static_images": 0}
+    before = bdf.load(with_policy / "model.safetensors").policy.network.fc.weight
+    first = Curriculum(
+        backbone=pretrained / "model.safetensors",
+        policy=with_policy / "model.safetensors",
+        blocks_per_epoch=2,
+        out=tmp_path / "curriculum",
+        **small,
+        **options,
+    )
+    second = Finetune(
+        model=with_policy / "model.safetensors",
+        entropy=0.1,
+        bn="active",
+        out=tmp_path / "finetune",
+        **small,
+        **options,
+    )
+    for stage, config in ((curriculum, first), (finetune, second)):
+        stage(config)
+        (row,) = metrics(config.out)
+        assert all(map(math.isfinite, row.values()))
+        after = bdf.load(config.out / "model.safetensors").policy.network.fc.weight
+        assert not torch.equal(after, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("bn", "samples"), [("all", 1), ("active", 2), ("frozen", 1)])
 def test_finetune_trains_both_networks(with_policy, tmp_path, bn, samples):
