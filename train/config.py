@@ -129,6 +129,9 @@ class Policy(Common):
     baseline: Literal["self_critical", "leave_one_out"] = "self_critical"
     """Subtracted from the reward: that of the thresholded decisions (paper), or the mean of the
     image's other samples and the thresholded decisions."""
+    reward_of: Literal["right", "probability"] = "right"
+    """What earns the reward: a right prediction (paper), or the label's probability p, which tells
+    more: p (1 - usage^2) - (1 - p) gamma. Test rewards stay those of right predictions."""
     entropy_form: Literal["authors", "bernoulli"] = "authors"
     """What --entropy weighs: the authors' -s' log s' over all blocks, which draws s' to 0.37, or
     the entropy of s itself over free blocks, which keeps s from saturating at 0 or 1."""

@@ -28,7 +28,7 @@ from train.loop import (
     sampling_generator,
     static_accuracies_of,
 )
-from train.reward import explore, policy_loss, reward
+from train.reward import explore, judge, policy_loss
 
 
 def finetune(config: Finetune) -> None:
@@ -66,15 +66,15 @@ def finetune(config: Finetune) -> None:
                 probabilities = model.policy.logits(images).float().sigmoid()
                 exploring, decisions = explore(probabilities, config, 0, generator)
                 if config.bn == "all":
-                    logits, correct = _masked_rewards(model.backbone, images, labels, decisions)
+                    logits, tried = _masked_passes(model.backbone, images, decisions)
                 else:
-                    logits, correct = _engine_rewards(engine, images, labels, decisions)
+                    logits, tried = _engine_passes(engine, images, decisions)
                 classification = F.cross_entropy(logits, labels)
                 if teacher is not None:
                     classification = classification + config.distill * distillation_loss(
                         logits, teacher(images.to(dtype)).logits.float(), config.temperature
                     )
-            rewards = reward(correct, decisions, config.penalty)
+            correct, rewards = judge(tried, labels, decisions, config)
             loss = policy_loss(probabilities, exploring, decisions, rewards, config, 0)
             loss = loss + classification
             run.check_finite(
@@ -112,23 +112,21 @@ def finetune(config: Finetune) -> None:
         run.finish_epoch(epoch, metrics)
 
 
-def _masked_rewards(
-    backbone: bdf.ResNet, images: Tensor, labels: Tensor, decisions: Tensor
+def _masked_passes(
+    backbone: bdf.ResNet, images: Tensor, decisions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The authors' two passes: (B, C) logits of the sampled one, (2, B) correct."""
+    """The authors' two passes: (B, C) logits of the sampled one; (2, B, C), without gradient."""
     with torch.no_grad():
-        thresholded = backbone(images, decisions[0]).argmax(1) == labels
+        thresholded = backbone(images, decisions[0])
     logits = backbone(images, decisions[1])
-    return logits, torch.stack([thresholded, logits.argmax(1) == labels])
+    return logits, torch.stack([thresholded, logits.detach()])
 
 
-def _engine_rewards(
-    engine: bdf.Engine, images: Tensor, labels: Tensor, decisions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A gradient pass of the first sample, on active images: (B, C) logits; (1+S, B) correct."""
+def _engine_passes(engine: bdf.Engine, images: Tensor, decisions: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, C) logits of the first sample, on active images; (1+S, B, C), without gradient."""
     engine.refresh()
-    correct = engine.run_sets(images.to(engine.dtype), decisions).argmax(-1) == labels
-    return engine.backbone(images, decisions[1], active_only=True), correct
+    tried = engine.run_sets(images.to(engine.dtype), decisions)
+    return engine.backbone(images, decisions[1], active_only=True), tried
 
 
 def freeze_batch_norm(network: nn.Module) -> None:

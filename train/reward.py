@@ -12,11 +12,11 @@ import blockdrop_fast as bdf
 from train.config import Curriculum, Finetune, Policy
 
 
-def reward(correct: Tensor, decisions: Tensor, penalty: float) -> Tensor:
+def reward(right: Tensor, decisions: Tensor, penalty: float) -> Tensor:
     """R(u), equation 3: ``1 - (|u|_0 / K)^2`` if the prediction is right, else ``-penalty``.
 
     Args:
-        correct: (…, B) bool.
+        right: (…, B) bool, or a probability in between the two.
         decisions: (…, B, K) bool, 1 = keep.
         penalty: gamma.
 
@@ -24,7 +24,32 @@ def reward(correct: Tensor, decisions: Tensor, penalty: float) -> Tensor:
         (…, B) float32.
     """
     usage = decisions.float().mean(-1)
-    return torch.where(correct, 1 - usage**2, torch.full_like(usage, -penalty))
+    right = right.float()
+    return right * (1 - usage**2) - (1 - right) * penalty
+
+
+def judge(
+    logits: Tensor, labels: Tensor, decisions: Tensor, config: Curriculum | Finetune
+) -> tuple[Tensor, Tensor]:
+    """What came of decisions.
+
+    Args:
+        logits: (N, B, C), the backbone's at the decisions.
+        labels: (B,) int64.
+        decisions: (N, B, K) bool.
+
+    Returns:
+        (N, B) bool, whether the prediction is right, and (N, B) float32 rewards, of that or of the
+        label's probability (``--reward-of``).
+    """
+    correct = logits.argmax(-1) == labels
+    if config.reward_of == "right":
+        return correct, reward(correct, decisions, config.penalty)
+    if config.reward_of != "probability":
+        raise ValueError(f"reward_of: expected 'right' or 'probability', got {config.reward_of!r}")
+    at = labels.expand(correct.shape)[..., None]
+    probability = logits.float().softmax(-1).gather(-1, at)[..., 0]
+    return correct, reward(probability, decisions, config.penalty)
 
 
 def bounded(probabilities: Tensor, alpha: float) -> Tensor:
@@ -198,7 +223,6 @@ def curriculum_step(
         logits: (1 + S, B, K) decisions -> (1 + S, B, C), without gradient.
     """
     exploring, decisions = explore(probabilities, config, forced, generator)
-    correct = logits(decisions).argmax(-1) == labels
-    rewards = reward(correct, decisions, config.penalty)
+    correct, rewards = judge(logits(decisions), labels, decisions, config)
     loss = policy_loss(probabilities, exploring, decisions, rewards, config, forced) / len(labels)
     return Step(decisions, correct, rewards, loss)

@@ -1,15 +1,18 @@
 """Reward, sampling and policy-gradient loss against values worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from train.config import Curriculum
 from train.reward import (
     advantages,
     bounded,
     entropy_bonus,
     forced_blocks,
+    judge,
     policy_gradient_loss,
     reward,
     sample,
@@ -26,6 +29,22 @@ def test_reward_takes_several_sets():
     decisions = torch.tensor([[[1, 0]], [[0, 0]]]).bool()
     correct = torch.tensor([[True], [False]])
     assert reward(correct, decisions, 1.0).tolist() == [[0.75], [-1.0]]
+
+
+def test_reward_of_the_label_s_probability_lies_between():
+    decisions = torch.tensor([[[1, 0, 0, 0]], [[1, 1, 1, 1]]]).bool()
+    logits = torch.tensor([[[0.0, math.log(3.0)]], [[math.log(3.0), 0.0]]])
+    labels = torch.tensor([1])
+    config = Curriculum(penalty=2.0)
+    correct, rewards = judge(logits, labels, decisions, config)
+    assert correct.tolist() == [[True], [False]]
+    assert rewards.tolist() == [[0.9375], [-2.0]]
+    correct, rewards = judge(logits, labels, decisions, replace(config, reward_of="probability"))
+    assert correct.tolist() == [[True], [False]]
+    expected = [0.75 * 0.9375 - 0.25 * 2, 0.25 * 0 - 0.75 * 2]
+    assert rewards[:, 0].tolist() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="reward_of"):
+        judge(logits, labels, decisions, replace(config, reward_of="none"))
 
 
 def test_bounded_lies_between_one_minus_alpha_and_alpha():

@@ -102,7 +102,7 @@ def test_curriculum_goes_on_with_a_policy(with_policy, pretrained, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"entropy_form": "bernoulli"}],
+    [{"entropy_form": "bernoulli"}, {"reward_of": "probability"}],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_stages_with_options_beyond_the_paper(with_policy, pretrained, tmp_path, options):
