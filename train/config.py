@@ -126,9 +126,14 @@ class Policy(Common):
     """Bounds the sampling distribution: s' = alpha s + (1 - alpha)(1 - s). Paper: 0.8."""
     samples: int = 1
     """Sampled decisions an image and step; they share the image's prefix. Paper: 1."""
-    baseline: Literal["self_critical", "leave_one_out"] = "self_critical"
-    """Subtracted from the reward: that of the thresholded decisions (paper), or the mean of the
-    image's other samples and the thresholded decisions."""
+    estimator: Literal["self_critical", "leave_one_out", "rloo", "flips"] = "self_critical"
+    """Of the policy gradient. Three subtract a baseline from a sample's reward: that of the
+    thresholded decisions (paper); the mean of the image's other samples and the thresholded
+    decisions; "rloo": the mean of its other samples, two or more in all. "flips" compares each
+    sample with single blocks on and off. The last two run, and log, no thresholded decisions."""
+    flips: int | None = None
+    """With "flips": free blocks compared an image and sample, drawn anew each step; default: all
+    of them. Each is one more set that shares the sample's prefix."""
     reward_of: Literal["right", "probability"] = "right"
     """What earns the reward: a right prediction (paper), or the label's probability p, which tells
     more: p (1 - usage^2) - (1 - p) gamma. Test rewards stay those of right predictions."""
@@ -251,7 +256,7 @@ R101 = PAPER | {
 QUICK = PAPER | {
     "pretrain": Pretrain(epochs=4, lr=0.05),
     "curriculum": Curriculum(
-        epochs=24, batch_size=256, lr=1e-3, samples=3, baseline="leave_one_out"
+        epochs=24, batch_size=256, lr=1e-3, samples=3, estimator="leave_one_out"
     ),
     "finetune": Finetune(
         epochs=12,
@@ -259,7 +264,7 @@ QUICK = PAPER | {
         schedule="one_cycle",
         alpha=0.95,
         samples=3,
-        baseline="leave_one_out",
+        estimator="leave_one_out",
         penalty=2.0,
         bn="active",
     ),

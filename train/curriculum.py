@@ -28,19 +28,19 @@ from train.loop import (
     sampling_generator,
     static_accuracies_of,
 )
-from train.reward import curriculum_step, forced_blocks
+from train.reward import check_estimator, curriculum_step, forced_blocks, samples_in
 
 
 def curriculum(config: Curriculum) -> None:
-    """Train a policy with the self-critical policy gradient (Algorithm 1, lines 3 to 13).
+    """Train a policy with the policy gradient (Algorithm 1, lines 3 to 13), self-critical or other.
 
-    The backbone is frozen and in eval mode, so the rewards of the thresholded and of all sampled
-    decisions are one gradient-free call of an engine, which skips dropped blocks and computes
-    what an image's decisions share, the forced-on prefix above all, once.
+    The backbone is frozen and in eval mode, so the rewards of all decisions that a step tries are
+    one gradient-free call of an engine, which skips dropped blocks and computes what an image's
+    decisions share, the forced-on prefix above all, once.
     """
     device, dataset = prepare(config)
     model = _make_model(config).to(device, memory_format=torch.channels_last)
-    num_blocks = model.backbone.num_blocks
+    num_blocks, samples = model.backbone.num_blocks, samples_in(config)
     optimizer = torch.optim.Adam(
         model.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
@@ -63,8 +63,8 @@ def curriculum(config: Curriculum) -> None:
             optimizer.zero_grad(set_to_none=True)
             step.loss.backward()
             optimizer.step()
-            means.add_policy(step.decisions, step.correct, step.rewards)
-            statistics.add(step.decisions[1:])
+            means.add_policy(step.decisions, step.correct, step.rewards, samples)
+            statistics.add(step.decisions[samples])
             if run.step % 20 == 0:
                 run.show(**means.items())
         metrics = {f"train_{name}": value for name, value in means.items().items()}
@@ -89,6 +89,7 @@ def curriculum(config: Curriculum) -> None:
 
 
 def _make_model(config: Curriculum) -> bdf.BlockDrop:
+    check_estimator(config)
     if config.backbone is None:
         raise ValueError("backbone: a backbone checkpoint is required")
     backbone = bdf.load_backbone(config.backbone).eval().requires_grad_(False)

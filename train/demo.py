@@ -132,7 +132,7 @@ def _stages(config: Demo) -> dict:
         epochs=config.curriculum_epochs,
         lr=1e-3,
         samples=3,
-        baseline="leave_one_out",
+        estimator="leave_one_out",
         static_images=STATIC_IMAGES,
         **common,
     )
@@ -144,7 +144,7 @@ def _stages(config: Demo) -> dict:
         schedule="one_cycle",
         alpha=0.95,
         samples=3,
-        baseline="leave_one_out",
+        estimator="leave_one_out",
         static_images=STATIC_IMAGES,
         penalty=config.penalty,
         bn="active",

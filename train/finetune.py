@@ -28,7 +28,7 @@ from train.loop import (
     sampling_generator,
     static_accuracies_of,
 )
-from train.reward import explore, judge, policy_loss
+from train.reward import check_estimator, explore, judge, policy_loss, samples_in
 
 
 def finetune(config: Finetune) -> None:
@@ -42,6 +42,7 @@ def finetune(config: Finetune) -> None:
     """
     device, dataset = prepare(config)
     model = _load_model(config).to(device, memory_format=torch.channels_last)
+    samples = samples_in(config)
     steps = max(1, len(dataset.train) // config.batch_size) * config.epochs
     optimizers = [
         torch.optim.Adam(network.parameters(), lr=lr, weight_decay=config.weight_decay)
@@ -68,7 +69,7 @@ def finetune(config: Finetune) -> None:
                 if config.bn == "all":
                     logits, tried = _masked_passes(model.backbone, images, decisions)
                 else:
-                    logits, tried = _engine_passes(engine, images, decisions)
+                    logits, tried = _engine_passes(engine, images, decisions, samples.start)
                 classification = F.cross_entropy(logits, labels)
                 if teacher is not None:
                     classification = classification + config.distill * distillation_loss(
@@ -89,8 +90,8 @@ def finetune(config: Finetune) -> None:
             for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
                 optimizer.step()
                 scheduler.step()
-            means.add_policy(decisions, correct, rewards, cross_entropy=classification)
-            statistics.add(decisions[1:])
+            means.add_policy(decisions, correct, rewards, samples, cross_entropy=classification)
+            statistics.add(decisions[samples])
             if run.step % 20 == 0:
                 run.show(**means.items())
         metrics = {f"train_{name}": value for name, value in means.items().items()}
@@ -122,11 +123,13 @@ def _masked_passes(
     return logits, torch.stack([thresholded, logits.detach()])
 
 
-def _engine_passes(engine: bdf.Engine, images: Tensor, decisions: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, C) logits of the first sample, on active images; (1+S, B, C), without gradient."""
+def _engine_passes(
+    engine: bdf.Engine, images: Tensor, decisions: Tensor, sample: int
+) -> tuple[Tensor, Tensor]:
+    """(B, C) logits of a sample, on active images; (N, B, C) of all, without gradient."""
     engine.refresh()
     tried = engine.run_sets(images.to(engine.dtype), decisions)
-    return engine.backbone(images, decisions[1], active_only=True), tried
+    return engine.backbone(images, decisions[sample], active_only=True), tried
 
 
 def freeze_batch_norm(network: nn.Module) -> None:
@@ -151,6 +154,12 @@ def _scheduler(
 def _load_model(config: Finetune) -> bdf.BlockDrop:
     if config.model is None:
         raise ValueError("model: a BlockDrop checkpoint is required")
+    check_estimator(config)
+    if config.bn == "all" and config.estimator in ("rloo", "flips"):
+        raise ValueError(
+            f"estimator: got {config.estimator!r}, but --bn all is the authors' procedure, with "
+            "thresholded decisions and one sample (or use --bn active)"
+        )
     if config.bn == "all" and config.samples != 1:
         raise ValueError(
             f"samples: got {config.samples}, but --bn all is the authors' procedure, where every "

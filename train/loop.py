@@ -222,21 +222,26 @@ class Means:
         self._weight += weight
 
     def add_policy(
-        self, decisions: Tensor, correct: Tensor, rewards: Tensor, **values: Tensor
+        self,
+        decisions: Tensor,
+        correct: Tensor,
+        rewards: Tensor,
+        samples: slice,
+        **values: Tensor,
     ) -> None:
         """Add how good a batch's decisions are, and other means over its images.
 
-        Args: see ``train.reward.Step``.
+        Args: see ``train.reward.Step``; ``samples`` is where the samples are, behind thresholded
+            decisions if there are any.
         """
-        self.add(
-            correct.shape[1],
-            **values,
-            accuracy=correct[1:].float().mean(),
-            reward=rewards[1:].mean(),
-            thresholded_accuracy=correct[0].float().mean(),
-            thresholded_reward=rewards[0].mean(),
-            thresholded_sparsity=decisions[0].sum(1).float().mean(),
-        )
+        values |= {"accuracy": correct[samples].float().mean(), "reward": rewards[samples].mean()}
+        if samples.start:
+            values |= {
+                "thresholded_accuracy": correct[0].float().mean(),
+                "thresholded_reward": rewards[0].mean(),
+                "thresholded_sparsity": decisions[0].sum(1).float().mean(),
+            }
+        self.add(correct.shape[1], **values)
 
     def items(self) -> dict[str, float]:
         """The means so far."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import blockdrop_fast as bdf
@@ -77,15 +78,67 @@ def sample(probabilities: Tensor, samples: int, forced: int, generator: torch.Ge
     return decisions
 
 
-def advantages(sampled: Tensor, thresholded: Tensor, baseline: str) -> Tensor:
+def flip(decisions: Tensor, forced: int, flips: int | None, generator: torch.Generator) -> Tensor:
+    """Decisions with one free block changed each.
+
+    Args:
+        decisions: (S, B, K) bool.
+        forced: the first blocks, which are not free.
+        flips: changed blocks an image and sample, drawn without replacement; at most, and by
+            default, all free ones.
+
+    Returns:
+        (M * S, B, K) bool: M changes, in each S samples.
+    """
+    samples, batch, num_blocks = decisions.shape
+    free = num_blocks - forced
+    order = torch.arange(free, device=decisions.device).expand(samples, batch, free)
+    if flips is not None and flips < free:
+        drawn = torch.rand(order.shape, generator=generator, device=decisions.device)
+        order = drawn.argsort(-1)[..., :flips]
+    changed = F.one_hot(forced + order, num_blocks).bool()
+    return (decisions[:, :, None] ^ changed).permute(2, 0, 1, 3).flatten(0, 1)
+
+
+def flips_loss(
+    probabilities: Tensor, decisions: Tensor, rewards: Tensor, samples: int, forced: int
+) -> Tensor:
+    """Minus the expected reward, linear in each s'_k, mean over samples, sum over images.
+
+    Its slope R(u, block k on) - R(u, block k off) is, in expectation over the other blocks'
+    decisions, the derivative of the expected reward by s'_k (local expectation gradient).
+
+    Args:
+        probabilities: (B, K), s', with gradient.
+        decisions: (S + M * S, B, K) bool: samples drawn from s', and ``flip`` of them.
+        rewards: (S + M * S, B).
+        samples: S.
+        forced: so many first blocks are not free.
+
+    Returns:
+        Scalar, whose value means nothing; its gradient does.
+    """
+    flips = len(decisions) // samples - 1
+    values = decisions.to(rewards.dtype)
+    # (M, S, B, K): 1 where a block was switched on, -1 where off, else 0.
+    change = values[samples:].unflatten(0, (flips, samples)) - values[:samples]
+    gain = rewards[samples:].unflatten(0, (flips, samples)) - rewards[:samples]
+    slopes = (change * gain[..., None]).sum(0).mean(0)
+    # Of t free blocks M were drawn: each stands for t / M.
+    free = probabilities.shape[1] - forced
+    return -(slopes * (free / max(flips, 1)) * probabilities).sum()
+
+
+def advantages(sampled: Tensor, thresholded: Tensor | None, baseline: str) -> Tensor:
     """What each sample's reward is better by than its baseline.
 
     Args:
         sampled: (S, B) rewards of the sampled decisions.
-        thresholded: (B,) reward of the thresholded decisions.
+        thresholded: (B,) reward of the thresholded decisions; "rloo" has none.
         baseline: "self_critical": the thresholded decisions' reward (equation 6).
             "leave_one_out": the mean over the image's other samples and the thresholded
-            decisions; unbiased as well, and less noisy the more samples there are.
+            decisions; unbiased as well, and less noisy the more samples there are. "rloo": the
+            mean over the image's other samples (REINFORCE leave-one-out).
 
     Returns:
         (S, B).
@@ -95,7 +148,12 @@ def advantages(sampled: Tensor, thresholded: Tensor, baseline: str) -> Tensor:
     if baseline == "leave_one_out":
         others = sampled.sum(0) - sampled + thresholded
         return sampled - others / sampled.shape[0]
-    raise ValueError(f"baseline: expected 'self_critical' or 'leave_one_out', got {baseline!r}")
+    if baseline == "rloo":
+        others = sampled.sum(0) - sampled
+        return sampled - others / (sampled.shape[0] - 1)
+    raise ValueError(
+        f"baseline: expected 'self_critical', 'leave_one_out' or 'rloo', got {baseline!r}"
+    )
 
 
 def policy_gradient_loss(
@@ -147,9 +205,9 @@ class Step:
     """What a step of policy training tried, and what came of it.
 
     Attributes:
-        decisions: (1 + S, B, K) bool: thresholded, then the samples.
-        correct: (1 + S, B) bool, whether the prediction at them is right.
-        rewards: (1 + S, B).
+        decisions: (N, B, K) bool, of ``explore``.
+        correct: (N, B) bool, whether the prediction at them is right.
+        rewards: (N, B).
         loss: scalar, with gradient to the policy network.
     """
 
@@ -157,6 +215,31 @@ class Step:
     correct: Tensor
     rewards: Tensor
     loss: Tensor
+
+
+def check_estimator(config: Policy) -> None:
+    """Refuse options that an estimator cannot work with.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    least = 2 if config.estimator == "rloo" else 1
+    if config.samples < least:
+        raise ValueError(
+            f"samples: expected at least {least} for --estimator {config.estimator}, got "
+            f"{config.samples}"
+        )
+    if config.flips is not None and (config.estimator != "flips" or config.flips < 1):
+        raise ValueError(
+            "flips: expected at least 1, and --estimator flips, got "
+            f"{config.flips} and {config.estimator!r}"
+        )
+
+
+def samples_in(config: Policy) -> slice:
+    """Which of the decisions of ``explore`` are the samples."""
+    first = 1 if config.estimator in ("self_critical", "leave_one_out") else 0
+    return slice(first, first + config.samples)
 
 
 def explore(
@@ -169,12 +252,17 @@ def explore(
         forced: so many first blocks are on.
 
     Returns:
-        (B, K) s', with gradient, and (1 + S, B, K) bool: thresholded, then the samples.
+        (B, K) s', with gradient, and (N, B, K) bool: the thresholded decisions, if the estimator
+        needs them, then the samples, then for "flips" ``flip`` of them.
     """
-    thresholded = bdf.decide(probabilities)
-    thresholded[:, :forced] = True
     exploring = bounded(probabilities, config.alpha)
     sampled = sample(exploring, config.samples, forced, generator)
+    if config.estimator == "flips":
+        return exploring, torch.cat([sampled, flip(sampled, forced, config.flips, generator)])
+    if config.estimator == "rloo":
+        return exploring, sampled
+    thresholded = bdf.decide(probabilities)
+    thresholded[:, :forced] = True
     return exploring, torch.cat([thresholded[None], sampled])
 
 
@@ -191,15 +279,20 @@ def policy_loss(
     Args:
         probabilities: (B, K), s, with gradient.
         exploring: (B, K), s', with gradient, of ``explore``.
-        decisions: (1 + S, B, K), of ``explore``.
-        rewards: (1 + S, B), theirs.
+        decisions: (N, B, K), of ``explore``.
+        rewards: (N, B), theirs.
         forced: so many first blocks are on.
 
     Returns:
         Scalar.
     """
-    advantage = advantages(rewards[1:], rewards[0], config.baseline)
-    loss = policy_gradient_loss(exploring, decisions[1:], advantage, forced)
+    if config.estimator == "flips":
+        loss = flips_loss(exploring, decisions, rewards, config.samples, forced)
+    else:
+        samples = samples_in(config)
+        thresholded = rewards[0] if samples.start else None
+        advantage = advantages(rewards[samples], thresholded, config.estimator)
+        loss = policy_gradient_loss(exploring, decisions[samples], advantage, forced)
     if config.entropy:
         bonus = entropy_bonus(probabilities, exploring, config.entropy_form, forced)
         loss = loss - config.entropy * bonus
@@ -220,7 +313,7 @@ def curriculum_step(
         probabilities: (B, K), the policy network's, with gradient.
         labels: (B,) int64.
         forced: so many first blocks are on.
-        logits: (1 + S, B, K) decisions -> (1 + S, B, C), without gradient.
+        logits: (N, B, K) decisions -> (N, B, C), without gradient.
     """
     exploring, decisions = explore(probabilities, config, forced, generator)
     correct, rewards = judge(logits(decisions), labels, decisions, config)

@@ -201,7 +201,7 @@ def test_recipe_has_the_paper_s_values():
     # On ImageNet the paper anneals nothing: ten epochs, all at 1e-5.
     assert second.schedule == "constant"
     assert first.samples == 1
-    assert first.baseline == second.baseline == "self_critical"
+    assert first.estimator == second.estimator == "self_critical"
 
 
 @pytest.fixture

@@ -102,7 +102,12 @@ def test_curriculum_goes_on_with_a_policy(with_policy, pretrained, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"entropy_form": "bernoulli"}, {"reward_of": "probability"}],
+    [
+        {"entropy_form": "bernoulli"},
+        {"reward_of": "probability"},
+        {"estimator": "rloo", "samples": 2},
+        {"estimator": "flips", "flips": 2},
+    ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_stages_with_options_beyond_the_paper(with_policy, pretrained, tmp_path, options):
@@ -210,6 +215,23 @@ def test_distillation_loss_by_hand():
     expected = 4 * (p * (p.log() - math.log(0.5))).sum()
     assert distillation_loss(logits, target, 2.0).item() == pytest.approx(expected.item())
     assert distillation_loss(target, target, 2.0).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"estimator": "rloo"}, "samples"),
+        ({"estimator": "flips", "samples": 0}, "samples"),
+        ({"estimator": "flips", "flips": 0}, "flips"),
+        ({"flips": 2}, "flips"),
+        ({"estimator": "flips", "bn": "all"}, "estimator"),
+    ],
+)
+def test_options_that_an_estimator_cannot_take(with_policy, tmp_path, options, named):
+    options = {"bn": "active"} | options
+    config = Finetune(model=with_policy / "model.safetensors", out=tmp_path, **FEW, **options)
+    with pytest.raises(ValueError, match=f"^{named}: "):
+        finetune(config)
 
 
 def test_finetune_of_the_authors_takes_one_sample(with_policy, tmp_path):
