@@ -140,6 +140,13 @@ class Policy(Common):
     entropy_form: Literal["authors", "bernoulli"] = "authors"
     """What --entropy weighs: the authors' -s' log s' over all blocks, which draws s' to 0.37, or
     the entropy of s itself over free blocks, which keeps s from saturating at 0 or 1."""
+    usage_target: float | None = None
+    """Mean kept blocks to end at, beside gamma: rewards are lowered by a price times the share of
+    kept blocks, and each step moves the price (also below 0) with the thresholded decisions' usage
+    above the target. While blocks are forced, the target is the same share of the free ones."""
+    usage_rate: float = 0.02
+    """With --usage-target: by how much a step moves the price, times the share of blocks that are
+    kept too much."""
     static_images: int | None = None
     """Training images on which the static line is found, once in a stage: of a frozen backbone at
     the first evaluation, else at the last; default: by the depth; 0: it is left out."""

@@ -28,7 +28,7 @@ from train.loop import (
     sampling_generator,
     static_accuracies_of,
 )
-from train.reward import check_estimator, curriculum_step, forced_blocks, samples_in
+from train.reward import UsagePrice, check_estimator, curriculum_step, forced_blocks, samples_in
 
 
 def curriculum(config: Curriculum) -> None:
@@ -44,7 +44,8 @@ def curriculum(config: Curriculum) -> None:
     optimizer = torch.optim.Adam(
         model.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    run = Run(config, model, [optimizer], [])
+    price = UsagePrice(config, num_blocks)
+    run = Run(config, model, [optimizer], [price])
     # Its backbone is frozen: only evaluation needs the policy's new weights.
     engine = bdf.compile(model, dtype=engine_dtype(config, device))
     static = None
@@ -58,7 +59,9 @@ def curriculum(config: Curriculum) -> None:
                 logits = model.policy.logits(images)
             probabilities = logits.float().sigmoid()
             rewarded = partial(engine.run_sets, images.to(engine.dtype))
-            step = curriculum_step(probabilities, labels, config, forced, generator, rewarded)
+            step = curriculum_step(
+                probabilities, labels, config, forced, generator, rewarded, price
+            )
             run.check_finite(step.loss, epoch=epoch, reward=step.rewards.mean().item())
             optimizer.zero_grad(set_to_none=True)
             step.loss.backward()
@@ -69,6 +72,8 @@ def curriculum(config: Curriculum) -> None:
                 run.show(**means.items())
         metrics = {f"train_{name}": value for name, value in means.items().items()}
         metrics |= statistics.items("train") | {"forced_blocks": forced}
+        if config.usage_target is not None:
+            metrics |= {"usage_price": float(price.value)}
         if run.due(epoch, config.evaluate_every):
             engine.refresh()
 

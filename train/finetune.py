@@ -28,7 +28,7 @@ from train.loop import (
     sampling_generator,
     static_accuracies_of,
 )
-from train.reward import check_estimator, explore, judge, policy_loss, samples_in
+from train.reward import UsagePrice, check_estimator, explore, judge, policy_loss, samples_in
 
 
 def finetune(config: Finetune) -> None:
@@ -52,7 +52,8 @@ def finetune(config: Finetune) -> None:
         )
     ]
     schedulers = [_scheduler(config, optimizer, steps) for optimizer in optimizers]
-    run = Run(config, model, optimizers, schedulers)
+    price = UsagePrice(config, model.backbone.num_blocks)
+    run = Run(config, model, optimizers, [*schedulers, price])
     dtype = engine_dtype(config, device)
     engine = bdf.compile(model, dtype=dtype)
     teacher = load_teacher(config.teacher, model, device, dtype)
@@ -76,8 +77,10 @@ def finetune(config: Finetune) -> None:
                         logits, teacher(images.to(dtype)).logits.float(), config.temperature
                     )
             correct, rewards = judge(tried, labels, decisions, config)
-            loss = policy_loss(probabilities, exploring, decisions, rewards, config, 0)
+            paid = price.charge(rewards, decisions)
+            loss = policy_loss(probabilities, exploring, decisions, paid, config, 0)
             loss = loss + classification
+            price.update(probabilities, 0)
             run.check_finite(
                 loss,
                 epoch=epoch,
@@ -96,6 +99,8 @@ def finetune(config: Finetune) -> None:
                 run.show(**means.items())
         metrics = {f"train_{name}": value for name, value in means.items().items()}
         metrics |= statistics.items("train")
+        if config.usage_target is not None:
+            metrics |= {"usage_price": float(price.value)}
         if run.due(epoch, config.evaluate_every):
             engine.refresh()
             static = None

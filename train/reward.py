@@ -299,6 +299,65 @@ def policy_loss(
     return loss
 
 
+# Of a usage price, in units of the reward: how much of the price is the present excess of usage.
+# Without it price and usage swing about the target; in trials 2 damped them within 200 steps.
+USAGE_DAMPING = 2.0
+
+
+class UsagePrice:
+    """The dual variable of a usage target: what keeping blocks costs beside the paper's reward.
+
+    It sums up by how much usage was above the target, and is damped by the present excess, as in
+    an augmented Lagrangian.
+
+    Args:
+        config: its ``usage_target``, in blocks; None: the price stays 0.
+        num_blocks: K.
+
+    Attributes:
+        value: the price of all K blocks, in units of the reward.
+    """
+
+    def __init__(self, config: Policy, num_blocks: int):
+        self.target, self.rate = config.usage_target, config.usage_rate
+        self.value: Tensor | float = 0.0
+        self._sum: Tensor | float = 0.0
+        if self.target is not None and not 0 <= self.target <= num_blocks:
+            raise ValueError(
+                f"usage_target: expected 0 to {num_blocks} blocks, got {self.target:g}"
+            )
+
+    def charge(self, rewards: Tensor, decisions: Tensor) -> Tensor:
+        """Rewards (N, B) less the price of what decisions (N, B, K) keep."""
+        if self.target is None:
+            return rewards
+        return rewards - self.value * decisions.float().mean(-1)
+
+    def update(self, probabilities: Tensor, forced: int) -> None:
+        """Move the price with how far the thresholded decisions are above the target.
+
+        Args:
+            probabilities: (B, K), s.
+            forced: so many first blocks are on.
+        """
+        if self.target is None:
+            return
+        num_blocks = probabilities.shape[1]
+        kept = bdf.decide(probabilities.detach())[:, forced:].sum(1).float().mean()
+        target = self.target * (num_blocks - forced) / num_blocks
+        excess = (kept - target) / num_blocks
+        self._sum = self._sum + self.rate * excess
+        self.value = self._sum + USAGE_DAMPING * excess
+
+    def state_dict(self) -> dict[str, float]:
+        """The price, for a checkpoint."""
+        return {"value": float(self.value), "sum": float(self._sum)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on at a checkpoint's price."""
+        self.value, self._sum = state["value"], state["sum"]
+
+
 def curriculum_step(
     probabilities: Tensor,
     labels: Tensor,
@@ -306,6 +365,7 @@ def curriculum_step(
     forced: int,
     generator: torch.Generator,
     logits: Callable[[Tensor], Tensor],
+    price: UsagePrice | None = None,
 ) -> Step:
     """A step's decisions, rewards and loss (Algorithm 1, lines 5 to 12).
 
@@ -314,8 +374,12 @@ def curriculum_step(
         labels: (B,) int64.
         forced: so many first blocks are on.
         logits: (N, B, K) decisions -> (N, B, C), without gradient.
+        price: of a usage target, which the step then moves; it is not in the step's rewards.
     """
     exploring, decisions = explore(probabilities, config, forced, generator)
     correct, rewards = judge(logits(decisions), labels, decisions, config)
-    loss = policy_loss(probabilities, exploring, decisions, rewards, config, forced) / len(labels)
+    paid = rewards if price is None else price.charge(rewards, decisions)
+    loss = policy_loss(probabilities, exploring, decisions, paid, config, forced) / len(labels)
+    if price is not None:
+        price.update(probabilities, forced)
     return Step(decisions, correct, rewards, loss)

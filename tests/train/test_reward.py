@@ -8,8 +8,11 @@ import torch
 
 from train.config import Curriculum
 from train.reward import (
+    USAGE_DAMPING,
+    UsagePrice,
     advantages,
     bounded,
+    curriculum_step,
     entropy_bonus,
     forced_blocks,
     judge,
@@ -83,6 +86,49 @@ def test_leave_one_out_baseline_is_the_mean_of_the_others():
 def test_unknown_baseline_is_an_error():
     with pytest.raises(ValueError, match="baseline"):
         advantages(torch.zeros(1, 1), torch.zeros(1), "none")
+
+
+def test_usage_price_moves_with_the_usage_of_free_blocks():
+    price = UsagePrice(Curriculum(usage_target=2.0, usage_rate=0.5), 4)
+    kept = torch.tensor([[0.1, 0.9, 0.9, 0.9], [0.1, 0.1, 0.9, 0.9]])
+    price.update(kept, 0)  # 2.5 of 4
+    assert float(price.value) == pytest.approx((0.5 + USAGE_DAMPING) * 0.5 / 4)
+    price.update(torch.zeros(2, 4), 2)  # 0 of the 2 free blocks, where the target is 1
+    assert float(price.value) == pytest.approx(0.5 * (0.5 - 1) / 4 - USAGE_DAMPING * 1 / 4)
+    price.update(torch.zeros(2, 4), 4)  # no block is free, so that there is no excess
+    again = UsagePrice(Curriculum(usage_target=2.0), 4)
+    again.load_state_dict(price.state_dict())
+    paid = again.charge(torch.tensor([[1.0, 0.0]]), torch.tensor([[[1, 1, 0, 0], [0, 0, 0, 0]]]))
+    assert paid[0].tolist() == pytest.approx([1 + 0.0625 / 2, 0])
+    with pytest.raises(ValueError, match="usage_target: expected 0 to 4"):
+        UsagePrice(Curriculum(usage_target=5.0), 4)
+
+
+@pytest.mark.parametrize("target", [1.0, 4.0])
+def test_usage_target_is_reached(target):
+    """Every decision is right, so that the paper's reward alone drops all six blocks."""
+    config = Curriculum(
+        usage_target=target, usage_rate=0.1, estimator="rloo", samples=4, entropy=0.0
+    )
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(128, 6, generator=generator, requires_grad=True)
+    optimizer, price = torch.optim.Adam([scores], lr=0.05), UsagePrice(config, 6)
+    labels, usage = torch.zeros(128, dtype=torch.int64), []
+    for _ in range(500):
+        step = curriculum_step(
+            scores.sigmoid(),
+            labels,
+            config,
+            0,
+            generator,
+            lambda decisions: torch.tensor([1.0, 0.0]).expand(*decisions.shape[:2], 2),
+            price,
+        )
+        optimizer.zero_grad()
+        step.loss.backward()
+        optimizer.step()
+        usage.append((scores >= 0).float().sum(1).mean().item())
+    assert max(abs(kept - target) for kept in usage[-50:]) < 0.3
 
 
 def test_policy_gradient_loss_by_hand():

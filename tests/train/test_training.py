@@ -107,6 +107,7 @@ def test_curriculum_goes_on_with_a_policy(with_policy, pretrained, tmp_path):
         {"reward_of": "probability"},
         {"estimator": "rloo", "samples": 2},
         {"estimator": "flips", "flips": 2},
+        {"usage_target": 0.5},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -133,6 +134,9 @@ def test_stages_with_options_beyond_the_paper(with_policy, pretrained, tmp_path,
         stage(config)
         (row,) = metrics(config.out)
         assert all(map(math.isfinite, row.values()))
+        saved = torch.load(config.out / "state.pt", weights_only=True)["schedulers"][-1]
+        assert saved["value"] == row.get("usage_price", 0.0)
+        assert (saved["value"] > 0) == ("usage_target" in options)
         after = bdf.load(config.out / "model.safetensors").policy.network.fc.weight
         assert not torch.equal(after, before)
 
@@ -270,7 +274,9 @@ common = dict(epochs=5, out=Path(out), resume=resume == "resume", limit=192, bat
 if stage == "pretrain":
     pretrain(Pretrain(arch="resnet8", drop_rate=0.3, **common))
 else:
-    curriculum(Curriculum(backbone=Path(backbone), samples=2, lr=1e-3, **common))
+    curriculum(
+        Curriculum(backbone=Path(backbone), samples=2, lr=1e-3, usage_target=1.0, **common)
+    )
 """
 
 
@@ -301,6 +307,7 @@ def test_resume_after_kill_9_continues_to_the_same_result(stage, pretrained, tmp
     assert 1 <= saved < 5, "the run was over before it was killed"
     assert start(stage, killed, "resume", backbone).wait(timeout=300) == 0
     expected, resumed = (torch.load(out / "state.pt", weights_only=True) for out in (whole, killed))
+    assert resumed["schedulers"] == expected["schedulers"]
     for name, value in expected["model"].items():
         assert torch.equal(value, resumed["model"][name]), name
     without_speed = [
