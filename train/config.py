@@ -114,8 +114,8 @@ class Expert(Common):
     value: float = 3.0
     """Weight of predicting the sets that are right."""
     static_images: int | None = None
-    """Training images on which the static line is found, for the logs; default: by the depth; 0:
-    it is left out."""
+    """Training images on which the static line is found, for the logs; default: by the depth, and
+    0 for images above 64 pixels; 0: it is left out."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class Policy(Common):
     kept too much."""
     static_images: int | None = None
     """Training images on which the static line is found, once in a stage: of a frozen backbone at
-    the first evaluation, else at the last; default: by the depth; 0: it is left out."""
+    the first evaluation, else at the last; default: by the depth, and 0 for images above 64
+    pixels; 0: it is left out."""
 
 
 @dataclass(frozen=True)

@@ -359,11 +359,14 @@ def static_accuracies_of(
     Args:
         checkpoint: beside which they are kept.
         engine: with the backbone's present weights.
-        images: training images to find the line on; None: by the depth.
+        images: training images to find the line on; None: by the depth, and none of a data set of
+            larger images, where it would take hours.
     """
+    if images is None:
+        in_memory = isinstance(dataset.train, ImageSet)
+        images = default_images(engine.config.num_blocks) if in_memory else 0
     if images == 0:
         return None
-    images = default_images(engine.config.num_blocks) if images is None else images
     some = dataset.train.subset(min(images, len(dataset.train)))
 
     def batches(split: ImageSet | ImageFolder) -> Batches:
