@@ -97,6 +97,7 @@ def test_examples_are_what_the_backbone_does(digits):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_learns_to_tell_images_apart(trained):
     history = json.loads((trained / "metrics.json").read_text())
     assert history[-1]["train_value_loss"] < history[0]["train_value_loss"]
@@ -111,6 +112,7 @@ def test_learns_to_tell_images_apart(trained):
     assert len(engine.decide(images).unique(dim=0)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_resumes_to_the_same(config, trained, tmp_path):
     with pytest.raises(FileExistsError):
@@ -138,6 +140,7 @@ def test_resumes_to_the_same(config, trained, tmp_path):
     assert one.policy.menu.prices == other.policy.menu.prices
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
