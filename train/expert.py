@@ -17,20 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import blockdrop_fast as bdf
-from blockdrop_fast.data.batches import batches_of
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure.static_line import static_line
 from blockdrop_fast.networks.menu import Menu
 from train.config import Expert
 from train.loop import (
+    EVALUATION_BATCH,
     Means,
     Run,
     autocast,
+    check_out,
     engine_dtype,
     evaluate_test,
     evaluation_metrics,
-    normalization_of,
+    plain_batches,
     prepare,
     static_accuracies_of,
 )
@@ -48,6 +49,7 @@ def expert(config: Expert) -> None:
     Raises:
         ValueError: options that do not fit the backbone or the data set.
     """
+    check_out(config)  # before what an earlier run left there is written anew
     device, dataset = prepare(config)
     backbone = _load_backbone(config).to(device, memory_format=torch.channels_last)
     engine = bdf.compile(backbone, dtype=engine_dtype(config, device))
@@ -153,7 +155,7 @@ def make_examples(
         engine: of the backbone.
         image_set: N images.
         sets: (M, K) bool; nested ones share most of their work.
-        workers: see ``batches_of``.
+        workers: see ``plain_batches``.
 
     Returns:
         (N, M) float32 on the CPU: half whether the prediction is right, half the probability of
@@ -161,14 +163,7 @@ def make_examples(
     """
     rows = max(1, ROWS // len(sets))
     result = []
-    for images, labels in batches_of(
-        image_set,
-        rows,
-        normalization=normalization_of(engine.model),
-        device=engine.device,
-        memory_format=torch.channels_last,
-        workers=workers,
-    ):
+    for images, labels in plain_batches(engine.backbone, image_set, rows, workers):
         decisions = sets.to(engine.device)[:, None].expand(-1, len(images), -1)
         logits = engine.run_sets(images.to(engine.dtype), decisions).float()
         wanted = labels.expand(len(sets), -1)
@@ -189,9 +184,7 @@ def _make_examples(
     if not 0 <= lowest <= num_blocks:
         raise ValueError(f"lowest: expected 0 to {num_blocks}, got {lowest}")
     looked_at = train.subset(min(config.line_images, len(train)), config.seed)
-    batches = batches_of(
-        looked_at, 250, normalization=normalization_of(engine.model), device=engine.device
-    )
+    batches = plain_batches(engine.backbone, looked_at, EVALUATION_BATCH, config.workers)
     menu = static_line(engine, list(batches)).sets[lowest:]
     examples = {"menu": menu, "right": make_examples(engine, train, menu, config.workers)}
     for kept, share in zip(menu.sum(1).tolist(), examples["right"].mean(0).tolist(), strict=True):
@@ -208,15 +201,7 @@ def _calibrate(
 ) -> None:
     """Find the prices of budgets on images that the policy network was not trained on."""
     policy = copy.deepcopy(model.policy).eval()
-    device = policy.network.fc.weight.device
-    batches = batches_of(
-        held_out,
-        250,
-        normalization=normalization_of(model),
-        device=device,
-        memory_format=torch.channels_last,
-        workers=workers,
-    )
+    batches = plain_batches(model, held_out, EVALUATION_BATCH, workers)
     model.policy.menu.calibrate(torch.cat([policy.logits(images) for images, _ in batches]), budget)
 
 

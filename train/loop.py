@@ -56,6 +56,15 @@ class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; the last checkpoint is as it was."""
 
 
+def check_out(config: Common) -> None:
+    """Raise FileExistsError if a run's folder holds another one, which is not to be resumed."""
+    if (config.out / STATE_FILE).exists() and not config.resume:
+        raise FileExistsError(
+            f"out: {config.out} holds a run already; continue it with --resume, or name "
+            "another folder"
+        )
+
+
 class Run:
     """One training run: its folder, its state on disk, its logs.
 
@@ -85,14 +94,9 @@ class Run:
         self.first_epoch = 1
         self.step = 0
         config.out.mkdir(parents=True, exist_ok=True)
-        state_path = config.out / STATE_FILE
-        if state_path.exists():
-            if not config.resume:
-                raise FileExistsError(
-                    f"out: {config.out} holds a run already; continue it with --resume, or name "
-                    "another folder"
-                )
-            self._restore(state_path)
+        check_out(config)
+        if (config.out / STATE_FILE).exists():
+            self._restore(config.out / STATE_FILE)
         self._writer = SummaryWriter(str(config.out), purge_step=self.first_epoch)
 
     def epochs(self) -> range:

@@ -10,7 +10,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import batches_of, load_digits
 from tests.random_networks import CIFAR, make_network
 from train.config import Expert, Pretrain
-from train.expert import expert, make_examples, split
+from train.expert import EXAMPLES_FILE, expert, make_examples, split
 from train.pretrain import pretrain
 
 FEW = {"limit": 400, "batch_size": 32, "threads": 1}
@@ -115,8 +115,11 @@ def test_learns_to_tell_images_apart(trained):
 @pytest.mark.slow
 @pytest.mark.slow
 def test_resumes_to_the_same(config, trained, tmp_path):
+    examples = trained / EXAMPLES_FILE
+    before = examples.stat().st_mtime_ns
     with pytest.raises(FileExistsError):
         expert(config)
+    assert examples.stat().st_mtime_ns == before
     parts = replace(config, out=tmp_path, checkpoint_every=1)
     stopped = []
 
