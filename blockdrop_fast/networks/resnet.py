@@ -311,8 +311,48 @@ def _active_block(block: nn.Module, shortcut: nn.Module, x: Tensor, keep: Tensor
         return residual
     if active.numel() == keep.numel():
         return F.relu(residual + block(x))
-    kept = F.relu(take_images(residual, active) + block(take_images(x, active)))
-    return residual.index_copy(0, active, kept)
+    stream, taken = _Take.apply(residual, active)
+    inputs = taken if residual is x else take_images(x, active)
+    return _PutBack.apply(stream, F.relu(taken + block(inputs)), active)
+
+
+# Autograd's own derivatives of indexing go over all images of the batch six times a block. A pair
+# that knows the other writes, in each direction, one copy of the batch with active images replaced.
+class _Take(torch.autograd.Function):
+    """(B, ...) images, active (N,) -> the same images for ``_PutBack``, and the active ones."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(active)
+        return x.view_as(x), take_images(x, active)
+
+    @staticmethod
+    def backward(ctx, stream_gradient: Tensor, taken_gradient: Tensor) -> tuple[Tensor, None]:
+        (active,) = ctx.saved_tensors
+        return put_images(stream_gradient, active, taken_gradient), None
+
+
+class _PutBack(torch.autograd.Function):
+    """(B, ...) images, (N, ...) new active ones, active (N,) -> (B, ...) with those in place."""
+
+    @staticmethod
+    def forward(ctx, stream: Tensor, kept: Tensor, active: Tensor) -> Tensor:
+        ctx.save_for_backward(active)
+        return put_images(stream, active, kept)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (active,) = ctx.saved_tensors
+        # The active images' rows of the first are none of their gradient: ``_Take`` replaces them.
+        return gradient, take_images(gradient, active), None
+
+
+def put_images(x: Tensor, index: Tensor, images: Tensor) -> Tensor:
+    """A copy of x (B, C, H, W) whose images ``index`` (N,) are ``images`` (N, C, H, W)."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        x, images = x.permute(0, 2, 3, 1), images.permute(0, 2, 3, 1)
+        return x.index_copy(0, index, images.contiguous()).permute(0, 3, 1, 2)
+    return x.index_copy(0, index, images)
 
 
 def take_images(x: Tensor, index: Tensor) -> Tensor:
