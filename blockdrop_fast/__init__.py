@@ -12,6 +12,7 @@ from blockdrop_fast.networks.checkpoints import (
     save,
 )
 from blockdrop_fast.networks.flops import flops
+from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.policy import PolicyNetwork, decide, policy_resnet8, policy_resnet10
 from blockdrop_fast.networks.resnet import (
     ResNet,
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "Engine",
     "Evaluation",
+    "LookPolicy",
     "Output",
     "PolicyNetwork",
     "ResNet",

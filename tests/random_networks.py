@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
@@ -32,10 +33,16 @@ NEAR_ZERO = (-1.0, -1e-6, -5e-8, 0.0, 5e-8, 1.0)
 
 def make_network(config: ResNetConfig, seed: int = 0) -> ResNet:
     """A network in eval mode whose batch norm does something, with logits of order one."""
-    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = ResNet(config).eval()
+    randomise_batch_norm(network, seed)
+    return network
+
+
+def randomise_batch_norm(network: nn.Module, seed: int) -> None:
+    """Make all batch norm do something."""
+    generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low, high in (
@@ -45,7 +52,6 @@ def make_network(config: ResNetConfig, seed: int = 0) -> ResNet:
                 (module.running_var, 0.5, 1.5),
             ):
                 tensor.data.uniform_(low, high, generator=generator)
-    return network
 
 
 def make_cifar_network(layers, shortcut="average_pool", num_classes=10, seed=0) -> ResNet:
@@ -76,6 +82,30 @@ def make_menu_policy(sets: Tensor, images: Tensor, budget: float | None = 2.5) -
         policy.network.fc.bias.sub_(policy.logits(images).mean(0) - wanted)
         menu.calibrate(policy.logits(images), budget)
     return policy
+
+
+def make_look_model(
+    config: ResNetConfig = CIFAR, after: int = 1, sets: Tensor | None = None, seed: int = 0
+) -> tuple[BlockDrop, Tensor]:
+    """A model that looks, then decides, and images; about half of the blocks behind are kept.
+
+    With ``sets`` (M, K): surer of later ones, as ``make_menu_policy``, and calibrated.
+    """
+    images, backbone = make_images(config, IMAGES, seed), make_network(config, seed)
+    menu = None if sets is None else Menu(sets)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = BlockDrop(backbone, LookPolicy(config, after, menu)).eval()
+        randomise_batch_norm(model.policy, seed)
+        head = model.policy.fc
+        head.weight.mul_(20)
+        logits = model.policy_logits(images)
+        if menu is None:
+            head.bias -= logits.quantile(0.5, 0)
+        else:
+            head.bias -= logits.mean(0) - torch.linspace(-1, 2, len(sets))
+            menu.calibrate(model.policy_logits(images), sets.sum(1).float().mean().item())
+    return model, images
 
 
 def make_policy_of_logits(logits: Sequence[float]) -> PolicyNetwork:

@@ -1,12 +1,14 @@
-"""The BlockDrop model: a backbone and the policy network that decides on its blocks."""
+"""The BlockDrop model: a backbone and the policy that decides on its blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from blockdrop_fast.networks.policy import PolicyNetwork
+from blockdrop_fast.networks.look import LookPolicy
+from blockdrop_fast.networks.policy import PolicyNetwork, decisions_of
 from blockdrop_fast.networks.resnet import ResNet
 
 
@@ -23,19 +25,31 @@ class Output(NamedTuple):
 
 
 class BlockDrop(nn.Module):
-    """Backbone and policy network together (BlockDrop figure 2); ``compile`` makes it fast.
+    """Backbone and policy together (BlockDrop figure 2); ``compile`` makes it fast.
+
+    Args:
+        backbone: whose blocks are kept or dropped.
+        policy: a network of its own, which looks at the image, or a head that looks at what the
+            backbone's first blocks see.
 
     Raises:
-        ValueError: the policy decides on another number of blocks than the backbone has.
+        ValueError: the policy is one for another backbone.
     """
 
-    def __init__(self, backbone: ResNet, policy: PolicyNetwork):
+    def __init__(self, backbone: ResNet, policy: PolicyNetwork | LookPolicy):
         super().__init__()
         if policy.num_blocks != backbone.num_blocks:
             raise ValueError(
                 f"policy: decides on {policy.num_blocks} blocks, "
                 f"but the backbone has {backbone.num_blocks}"
             )
+        if isinstance(policy, LookPolicy):
+            first, channels = backbone.config.layers[0], backbone.config.channels[0]
+            if policy.channels != channels or policy.after > first:
+                raise ValueError(
+                    f"policy: looks at {policy.channels} channels after block {policy.after}, but "
+                    f"the backbone's first segment has {channels} channels and {first} blocks"
+                )
         self.backbone = backbone
         self.policy = policy
 
@@ -43,7 +57,52 @@ class BlockDrop(nn.Module):
         """(B, 3, H, W) normalised images -> logits at the policy's decisions.
 
         Args:
-            budget: mean kept blocks, of a policy network with a menu; see ``PolicyNetwork.decide``.
+            budget: mean kept blocks, of a policy with a menu; see ``PolicyNetwork.decide``.
         """
-        decisions = self.policy.decide(images, budget)
-        return Output(self.backbone(images, decisions), decisions)
+        logits, decisions, _ = self.forward_with(
+            images, lambda logits: self._decisions_of(logits, budget), active_only=False
+        )
+        return Output(logits, decisions)
+
+    def forward_with(
+        self,
+        images: Tensor,
+        choose: Callable[[Tensor], Tensor],
+        active_only: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One differentiable forward at decisions that are chosen on the way.
+
+        Args:
+            images: (B, 3, H, W) normalised.
+            choose: the policy's logits, (B, K), or (B, M) of its menu's sets -> (B, K) bool
+                decisions. Blocks after which a ``LookPolicy`` looks have to be kept.
+            active_only: see ``ResNet.forward``.
+
+        Returns:
+            (B, num_classes) logits, the decisions, the policy's logits. Gradients of the last of
+            these reach the blocks before a ``LookPolicy``, too.
+        """
+        if isinstance(self.policy, LookPolicy):
+            after = self.policy.after
+            features = self.backbone.features(images, after)
+            policy_logits = self.policy.logits_from(features)
+            decisions = choose(policy_logits)
+            logits = self.backbone.forward_from(features, after, decisions, active_only=active_only)
+        else:
+            policy_logits = self.policy.logits(images)
+            decisions = choose(policy_logits)
+            logits = self.backbone(images, decisions, active_only=active_only)
+        return logits, decisions, policy_logits
+
+    def policy_logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images -> (B, K), or (B, M) with a menu: the policy's logits."""
+        if isinstance(self.policy, LookPolicy):
+            return self.policy.logits_from(self.backbone.features(images, self.policy.after))
+        return self.policy.logits(images)
+
+    def decide(self, images: Tensor, budget: float | None = None) -> Tensor:
+        """(B, 3, H, W) normalised images -> (B, K) bool decisions; ``budget`` as of ``forward``."""
+        return self._decisions_of(self.policy_logits(images), budget)
+
+    def _decisions_of(self, logits: Tensor, budget: float | None) -> Tensor:
+        return decisions_of(logits, self.policy.menu, budget, self.policy.after)

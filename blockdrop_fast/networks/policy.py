@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,9 +20,14 @@ class PolicyNetwork(nn.Module):
         menu: the sets of blocks to choose from; the classifier then has an output a set, and
             decisions can be had at any budget. None: decides on each block by itself.
 
+    Attributes:
+        after: 0, the block after which it looks: it looks at the image.
+
     Raises:
         ValueError: a pooling below 1, or a menu of another number of sets.
     """
+
+    after = 0
 
     def __init__(self, network: ResNet, input_pool: int = 1, menu: Menu | None = None):
         super().__init__()
@@ -64,8 +70,7 @@ class PolicyNetwork(nn.Module):
 
         With a menu, whose choice is certain: 1 for the blocks of the chosen set, else 0.
         """
-        logits = self.logits(images)
-        return logits.sigmoid() if self.menu is None else self.menu.choose(logits).to(logits)
+        return probabilities_of(self.logits(images), self.menu)
 
     def decide(self, images: Tensor, budget: float | None = None) -> Tensor:
         """(B, 3, H, W) normalised images -> (B, K) bool decisions.
@@ -79,15 +84,32 @@ class PolicyNetwork(nn.Module):
         return decisions_of(self.logits(images), self.menu, budget)
 
 
-def decisions_of(logits: Tensor, menu: Menu | None, budget: float | None = None) -> Tensor:
-    """A policy network's decisions (B, K) from its logits; arguments as of ``decide`` there."""
+def decisions_of(
+    logits: Tensor, menu: Menu | None, budget: float | None = None, always: int = 0
+) -> Tensor:
+    """A policy's decisions (B, K) from its logits.
+
+    Args:
+        logits, menu, budget: as of ``PolicyNetwork.logits`` and ``decide``.
+        always: so many first blocks are kept whatever the logits say; a menu's sets contain them.
+    """
     if menu is not None:
         return menu.choose(logits, budget)
     if budget is not None:
         raise ValueError(
             f"budget: this policy network decides at one usage only, expected none, got {budget}"
         )
-    return threshold(logits)
+    decisions = threshold(logits)
+    decisions[:, :always] = True
+    return decisions
+
+
+def probabilities_of(logits: Tensor, menu: Menu | None, always: int = 0) -> Tensor:
+    """A policy's probabilities (B, K) of keeping each block; arguments as of ``decisions_of``."""
+    if menu is not None:
+        return menu.choose(logits).to(logits)
+    runs_anyway = torch.arange(logits.shape[1], device=logits.device) < always
+    return logits.sigmoid().masked_fill(runs_anyway, 1)
 
 
 def threshold(logits: Tensor) -> Tensor:

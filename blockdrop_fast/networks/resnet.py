@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -69,6 +70,12 @@ class ResNetConfig:
     def num_blocks(self) -> int:
         """K, the number of residual blocks."""
         return sum(self.layers)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each segment's outputs."""
+        expansion = BOTTLENECK_EXPANSION if self.block == "bottleneck" else 1
+        return tuple(width * expansion for width in self.widths)
 
     @property
     def size_multiple(self) -> int:
@@ -192,12 +199,12 @@ class ResNet(nn.Module):
         )
         self.bn1 = nn.BatchNorm2d(channels)
         block_class = Bottleneck if config.block == "bottleneck" else BasicBlock
-        expansion = BOTTLENECK_EXPANSION if config.block == "bottleneck" else 1
         self.segments = nn.ModuleList()
         self.shortcuts = nn.ModuleList()
-        for segment, (layers, width) in enumerate(zip(config.layers, config.widths, strict=True)):
+        for segment, (layers, width, out_channels) in enumerate(
+            zip(config.layers, config.widths, config.channels, strict=True)
+        ):
             stride = 1 if segment == 0 else 2
-            out_channels = width * expansion
             same_shape = stride == 1 and channels == out_channels
             if config.shortcut != "projection" and out_channels < channels:
                 raise ValueError(
@@ -265,6 +272,62 @@ class ResNet(nn.Module):
         Raises:
             TypeError, ValueError: see ``check_images`` and ``check_decisions``.
         """
+        self._check_images(images)
+        decisions = self._check_decisions(images, decisions)
+        if images.shape[0] == 0:
+            return images.new_zeros(0, self.config.num_classes)
+        x = self._run(self.stem(images), range(self.num_blocks), decisions, active_only)
+        return self.classifier(x)
+
+    def features(self, images: Tensor, after: int) -> Tensor:
+        """What block ``after`` gives for images that keep it and all blocks before.
+
+        Args:
+            images: as of ``forward``.
+            after: 1 to K; 0: what the stem gives.
+
+        Returns:
+            (B, C, H, W), for ``forward_from``.
+        """
+        self._check_images(images)
+        return self._run(self.stem(images), range(after), None, False)
+
+    def forward_from(
+        self,
+        features: Tensor,
+        after: int,
+        decisions: Tensor | None = None,
+        *,
+        active_only: bool = False,
+    ) -> Tensor:
+        """``forward`` of images whose ``features`` after block ``after`` are there already.
+
+        Args:
+            features: (B, C, H, W), see ``features``.
+            decisions, active_only: as of ``forward``; blocks 1 to ``after`` are kept.
+
+        Raises:
+            ValueError: decisions that drop one of those.
+        """
+        decisions = self._check_decisions(features, decisions)
+        if decisions is not None and not decisions[:, :after].all():
+            raise ValueError(f"decisions: expected blocks 1 to {after} kept, they have run")
+        if features.shape[0] == 0:
+            return features.new_zeros(0, self.config.num_classes)
+        rest = range(after, self.num_blocks)
+        return self.classifier(self._run(features, rest, decisions, active_only))
+
+    def _run(self, x: Tensor, some: range, decisions: Tensor | None, active_only: bool) -> Tensor:
+        """Those of the K blocks, given the input of the first of them."""
+        run = _active_block if active_only else _masked_block
+        for k, (block, shortcut) in islice(enumerate(self.blocks()), some.start, some.stop):
+            if decisions is None:
+                x = F.relu(shortcut(x) + block(x))
+            else:
+                x = run(block, shortcut, x, decisions[:, k])
+        return x
+
+    def _check_images(self, images: Tensor) -> None:
         check_images(
             images,
             channels=self.conv1.in_channels,
@@ -276,23 +339,16 @@ class ResNet(nn.Module):
                 f"images: expected on {self.conv1.weight.device} as the network's weights, "
                 f"got on {images.device}"
             )
-        if decisions is not None:
-            decisions = check_decisions(
-                decisions,
-                batch=images.shape[0],
-                num_blocks=self.num_blocks,
-                device=images.device,
-            )
-        if images.shape[0] == 0:
-            return images.new_zeros(0, self.config.num_classes)
-        x = self.stem(images)
-        run = _active_block if active_only else _masked_block
-        for k, (block, shortcut) in enumerate(self.blocks()):
-            if decisions is None:
-                x = F.relu(shortcut(x) + block(x))
-            else:
-                x = run(block, shortcut, x, decisions[:, k])
-        return self.classifier(x)
+
+    def _check_decisions(self, images: Tensor, decisions: Tensor | None) -> Tensor | None:
+        if decisions is None:
+            return None
+        return check_decisions(
+            decisions,
+            batch=images.shape[0],
+            num_blocks=self.num_blocks,
+            device=images.device,
+        )
 
 
 def _masked_block(block: nn.Module, shortcut: nn.Module, x: Tensor, keep: Tensor) -> Tensor:

@@ -183,6 +183,24 @@ def test_gradients_are_those_of_the_naive_implementation(name):
             torch.testing.assert_close(found[key], expected[key], msg=lambda text: f"{key}: {text}")  # noqa: B023
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_on_active_images_are_those_of_the_masked_run(name, layout):
+    """Of weights and images: the derivatives of taking active images and of putting them back."""
+    network = make_network(CONFIGS[name]).double().to(memory_format=layout)
+    decisions = make_decisions(network.config)
+    images = make_images(network.config, len(decisions)).contiguous(memory_format=layout)
+    target = torch.randn(len(decisions), 5, dtype=torch.float64)
+
+    def gradients(active_only):
+        inputs = images.clone().requires_grad_()
+        logits = network(inputs, decisions, active_only=active_only)
+        return torch.autograd.grad((logits * target).sum(), [inputs, *network.parameters()])
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("active_only", [False, True], ids=["masked", "active"])
 def test_batch_norm_statistics_in_train_mode(active_only):
     """Over all images when masked, over active ones otherwise; untouched if nobody keeps."""
