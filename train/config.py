@@ -126,11 +126,12 @@ class Policy(Common):
     """Bounds the sampling distribution: s' = alpha s + (1 - alpha)(1 - s). Paper: 0.8."""
     samples: int = 1
     """Sampled decisions an image and step; they share the image's prefix. Paper: 1."""
-    estimator: Literal["self_critical", "leave_one_out", "rloo", "flips"] = "self_critical"
+    estimator: Literal["self_critical", "leave_one_out", "rloo", "arms", "flips"] = "self_critical"
     """Of the policy gradient. Three subtract a baseline from a sample's reward: that of the
     thresholded decisions (paper); the mean of the image's other samples and the thresholded
-    decisions; "rloo": the mean of its other samples, two or more in all. "flips" compares each
-    sample with single blocks on and off. The last two run, and log, no thresholded decisions."""
+    decisions; "rloo": the mean of its other samples, two or more in all. "arms" is that with
+    antithetic samples, best three or more. "flips" compares each sample with single blocks on and
+    off. The last three run, and log, no thresholded decisions."""
     flips: int | None = None
     """With "flips": free blocks compared an image and sample, drawn anew each step; default: all
     of them. Each is one more set that shares the sample's prefix."""

@@ -160,7 +160,7 @@ def _load_model(config: Finetune) -> bdf.BlockDrop:
     if config.model is None:
         raise ValueError("model: a BlockDrop checkpoint is required")
     check_estimator(config)
-    if config.bn == "all" and config.estimator in ("rloo", "flips"):
+    if config.bn == "all" and config.estimator in ("rloo", "arms", "flips"):
         raise ValueError(
             f"estimator: got {config.estimator!r}, but --bn all is the authors' procedure, with "
             "thresholded decisions and one sample (or use --bn active)"

@@ -78,6 +78,60 @@ def sample(probabilities: Tensor, samples: int, forced: int, generator: torch.Ge
     return decisions
 
 
+def sample_antithetic(
+    probabilities: Tensor, samples: int, forced: int, generator: torch.Generator
+) -> Tensor:
+    """Draw decisions u ~ Bernoulli(s') of which two of an image differ more often than by chance.
+
+    A block's uniform variates are Dirichlet(1, …, 1) shares, each through its distribution
+    function: not two of them are small at once. Samples whose variate is below the probability of
+    the less likely decision take that one (ARMS: Dimitriev and Zhou, 2021).
+
+    Args:
+        probabilities: (B, K), s'.
+        samples: S, at least 2.
+        forced: the first blocks, which are on.
+
+    Returns:
+        (S, B, K) bool; each sample alone is distributed as those of ``sample``.
+    """
+    probabilities = probabilities.detach()
+    drawn = probabilities.new_empty(samples, *probabilities.shape).exponential_(generator=generator)
+    uniform = (1 - drawn / drawn.sum(0)) ** (samples - 1)
+    less_likely = uniform < torch.minimum(probabilities, 1 - probabilities)
+    decisions = less_likely ^ (probabilities >= 0.5)
+    decisions[..., :forced] = True
+    return decisions
+
+
+def arms_loss(probabilities: Tensor, decisions: Tensor, rewards: Tensor) -> Tensor:
+    """Minus the expected reward, linear in each s'_k, sum over images.
+
+    Its slope is the samples' covariance of reward and decision, over how often two antithetic
+    samples differ. It is 0 for blocks in which none differ, as forced ones. Of two samples it is
+    DisARM.
+
+    Args:
+        probabilities: (B, K), s', with gradient.
+        decisions: (S, B, K) bool, of ``sample_antithetic``.
+        rewards: (S, B).
+
+    Returns:
+        Scalar, whose value means nothing; its gradient does.
+    """
+    others = len(decisions) - 1
+    values = decisions.to(rewards.dtype)
+    gain = (rewards - rewards.mean(0))[..., None]
+    covariance = (gain * (values - values.mean(0))).sum(0) / others
+    likely = probabilities.detach()
+    least = torch.minimum(likely, 1 - likely)
+    # Two samples both take the less likely decision with probability ``both``, and differ in one
+    # given way with ``least - both``: least (1 - least) if they were independent.
+    both = (2 * least ** (1 / others) - 1).clamp(min=0) ** others
+    differ = (least - both).clamp(min=torch.finfo(least.dtype).tiny)
+    return -(covariance / differ * probabilities).sum()
+
+
 def flip(decisions: Tensor, forced: int, flips: int | None, generator: torch.Generator) -> Tensor:
     """Decisions with one free block changed each.
 
@@ -223,7 +277,7 @@ def check_estimator(config: Policy) -> None:
     Raises:
         ValueError: naming the option.
     """
-    least = 2 if config.estimator == "rloo" else 1
+    least = 2 if config.estimator in ("rloo", "arms") else 1
     if config.samples < least:
         raise ValueError(
             f"samples: expected at least {least} for --estimator {config.estimator}, got "
@@ -256,10 +310,11 @@ def explore(
         needs them, then the samples, then for "flips" ``flip`` of them.
     """
     exploring = bounded(probabilities, config.alpha)
-    sampled = sample(exploring, config.samples, forced, generator)
+    draw = sample_antithetic if config.estimator == "arms" else sample
+    sampled = draw(exploring, config.samples, forced, generator)
     if config.estimator == "flips":
         return exploring, torch.cat([sampled, flip(sampled, forced, config.flips, generator)])
-    if config.estimator == "rloo":
+    if config.estimator in ("rloo", "arms"):
         return exploring, sampled
     thresholded = bdf.decide(probabilities)
     thresholded[:, :forced] = True
@@ -288,6 +343,8 @@ def policy_loss(
     """
     if config.estimator == "flips":
         loss = flips_loss(exploring, decisions, rewards, config.samples, forced)
+    elif config.estimator == "arms":
+        loss = arms_loss(exploring, decisions, rewards)
     else:
         samples = samples_in(config)
         thresholded = rewards[0] if samples.start else None

@@ -106,6 +106,7 @@ def test_curriculum_goes_on_with_a_policy(with_policy, pretrained, tmp_path):
         {"entropy_form": "bernoulli"},
         {"reward_of": "probability"},
         {"estimator": "rloo", "samples": 2},
+        {"estimator": "arms", "samples": 3},
         {"estimator": "flips", "flips": 2},
         {"usage_target": 0.5},
     ],
@@ -225,10 +226,12 @@ def test_distillation_loss_by_hand():
     ("options", "named"),
     [
         ({"estimator": "rloo"}, "samples"),
+        ({"estimator": "arms"}, "samples"),
         ({"estimator": "flips", "samples": 0}, "samples"),
         ({"estimator": "flips", "flips": 0}, "flips"),
         ({"flips": 2}, "flips"),
         ({"estimator": "flips", "bn": "all"}, "estimator"),
+        ({"estimator": "arms", "samples": 3, "bn": "all"}, "estimator"),
     ],
 )
 def test_options_that_an_estimator_cannot_take(with_policy, tmp_path, options, named):
