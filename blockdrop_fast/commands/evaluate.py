@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -77,11 +76,7 @@ def command(
     if heuristic is not None and budget:
         raise ValueError("budget: a heuristic takes --keep, expected none")
     engine, dataset, normalization = prepare(checkpoint, data, strategy, limit, device)
-    decides: list[Callable[[Tensor], Tensor] | None] = [None]
-    if heuristic is not None:
-        decides = [_decide(heuristic, keep, seed, engine)]
-    elif budget:
-        decides = [partial(engine.decide, budget=blocks) for blocks in budget]
+    decide = None if heuristic is None else _decide(heuristic, keep, seed, engine)
 
     def batches(split: ImageSet | ImageFolder) -> Batches:
         return batches_of(split, batch_size, normalization=normalization, device=engine.device)
@@ -98,9 +93,14 @@ def command(
             )
     evaluations = [
         evaluate(
-            engine, batches(dataset.test), decide, shuffles=shuffles, static_accuracies=accuracies
+            engine,
+            batches(dataset.test),
+            decide,
+            budget=blocks,
+            shuffles=shuffles,
+            static_accuracies=accuracies,
         )
-        for decide in decides
+        for blocks in budget or (None,)
     ]
     if heuristic is not None:
         decisions = f"{heuristic}, {keep} of {engine.config.num_blocks} blocks"

@@ -138,6 +138,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     decide: Callable[[Tensor], Tensor] | None = None,
     *,
+    budget: float | None = None,
     shuffles: int = 5,
     routing_images: int | None = None,
     static_accuracies: Tensor | None = None,
@@ -147,7 +148,9 @@ def evaluate(
     Args:
         engine: compiled from a BlockDrop model, or from a backbone (which keeps all blocks).
         batches: of (images (B, 3, H, W) normalised, labels (B,) int64).
-        decide: images -> (B, K) decisions, in place of the policy network.
+        decide: images -> (B, K) decisions, in place of the policy network, whose FLOPs then do
+            not count.
+        budget: mean kept blocks, of a policy network that chooses from a menu; None: its own.
         shuffles: permutations of the decisions, for the routing gain; each costs what the
             evaluation costs. 0: the gain and the correlation are not measured.
         routing_images: images, drawn at random, on which they are; default: all, or as many as
@@ -155,9 +158,12 @@ def evaluate(
         static_accuracies: (K+1,), of the static line on these images.
 
     Raises:
-        ValueError: no images, labels outside of the network's classes, ``shuffles`` below 0, or
-            another number of static accuracies.
+        ValueError: no images, labels outside of the network's classes, a budget that the policy
+            network cannot meet or beside ``decide``, ``shuffles`` below 0, or another number of
+            static accuracies.
     """
+    if decide is not None and budget is not None:
+        raise ValueError(f"budget: expected none where decisions are given, got {budget}")
     if shuffles < 0:
         raise ValueError(f"shuffles: expected 0 or more, got {shuffles}")
     if static_accuracies is not None and len(static_accuracies) != engine.config.num_blocks + 1:
@@ -176,7 +182,7 @@ def evaluate(
             )
         images = images.to(engine.device, engine.dtype)
         if decide is None:
-            logits, decisions = engine(images)
+            logits, decisions = engine(images, budget)
         else:
             decisions = decide(images)
             logits = engine.run(images, decisions)

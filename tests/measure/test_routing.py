@@ -183,3 +183,7 @@ def test_beside_the_static_line(backbone, batches):
         bdf.evaluate(bdf.compile(backbone), batches, static_accuracies=line[1:])
     with pytest.raises(ValueError, match="shuffles"):
         bdf.evaluate(bdf.compile(backbone), batches, shuffles=-1)
+    with pytest.raises(ValueError, match="budget: expected none"):
+        bdf.evaluate(bdf.compile(backbone), batches, two_sets, budget=2)
+    with pytest.raises(ValueError, match="budget: a bare backbone"):
+        bdf.evaluate(bdf.compile(backbone), batches, budget=2)
