@@ -2,6 +2,9 @@
 
 images -> policy network -> decisions -> plan -> executor (walk | gather | dense) -> logits
                                                  ^ folded, packed weights
+
+A policy that looks at the backbone's first blocks makes the first arrow
+images -> those blocks -> head, and the executor goes on behind them if it can.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ from blockdrop_fast.executors import crossover
 from blockdrop_fast.executors.choice import choose, choose_policy
 from blockdrop_fast.executors.crossover import Crossover
 from blockdrop_fast.executors.gather_graph import Launch
+from blockdrop_fast.executors.look import Look
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
-from blockdrop_fast.networks.folding import fold_network
-from blockdrop_fast.networks.policy import decisions_of
+from blockdrop_fast.networks.folding import fold_head, fold_network
+from blockdrop_fast.networks.look import LookPolicy
+from blockdrop_fast.networks.policy import decisions_of, probabilities_of
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 
 Strategy = Literal["auto", "walk", "gather", "dense"]
@@ -82,16 +87,20 @@ class Engine:
         self.device = self.backbone.fc.weight.device
         _check_device(self.model, self.device)
         network = fold_network(self.backbone, self.dtype)
-        self._choice = choose(network, self._asked, self._launch, self._measured())
+        policy = self.model.policy if isinstance(self.model, BlockDrop) else None
+        self._always = 0 if policy is None else policy.after
+        self._choice = choose(network, self._asked, self._launch, self._measured(), self._always)
         executor = self._choice.executor
         self.strategy, self.strategy_reason = executor.strategy, self._choice.reason
-        self._policy_logits, self._menu, self._executor_decides = None, None, False
-        if isinstance(self.model, BlockDrop):
-            self._policy_pool = self.model.policy.input_pool
-            policy = fold_network(self.model.policy.network, self.dtype)
+        self._menu = None if policy is None else copy.deepcopy(policy.menu)
+        self._look, self._policy_logits, self._executor_decides = None, None, False
+        if isinstance(policy, LookPolicy):
+            self._look = Look(network, fold_head(policy, self.dtype))
+        elif policy is not None:
+            self._policy_pool = policy.input_pool
+            policy = fold_network(policy.network, self.dtype)
             self._policy_config = policy.config
             self._policy_logits = choose_policy(policy, executor)
-            self._menu = copy.deepcopy(self.model.policy.menu)
             if self._menu is None:  # executors decide by thresholds
                 self._executor_decides = executor.set_policy(policy, self._policy_pool)
 
@@ -128,6 +137,11 @@ class Engine:
             if executor is self._choice.executor:
                 self._check_policy_size(images)
                 return Output(*executor.run_policy(images))
+        if len(images) > 0 and self._look is not None:
+            features = self._look.features(images)
+            decisions = self._decisions_of(self._look.logits(features), budget)
+            executor = self._choice.for_batch(len(images))
+            return Output(executor.run_from(images, features, self._always, decisions), decisions)
         decisions = self._decide(images, budget)
         return Output(self._execute(images, decisions), decisions)
 
@@ -148,13 +162,12 @@ class Engine:
             RuntimeError: the engine was compiled from a bare backbone.
         """
         self._check(images)
-        if self._policy_logits is None:
+        if not isinstance(self.model, BlockDrop):
             raise RuntimeError(
                 "probabilities: this engine was compiled from a bare backbone, "
                 "which has no policy network"
             )
-        logits = self._logits_of_policy(images)
-        return logits.sigmoid() if self._menu is None else self._menu.choose(logits).to(logits)
+        return probabilities_of(self._logits_of_policy(images), self._menu, self._always)
 
     @_exactly
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
@@ -214,14 +227,20 @@ class Engine:
         )
 
     def _decide(self, images: Tensor, budget: float | None) -> Tensor:
-        if self._policy_logits is None and budget is not None:
+        bare = not isinstance(self.model, BlockDrop)
+        if bare and budget is not None:
             raise ValueError(f"budget: a bare backbone has no policy network, got {budget}")
-        if self._policy_logits is None or len(images) == 0:
+        if bare or len(images) == 0:
             shape = (len(images), self.config.num_blocks)
             return torch.ones(shape, dtype=torch.bool, device=images.device)
-        return decisions_of(self._logits_of_policy(images), self._menu, budget)
+        return self._decisions_of(self._logits_of_policy(images), budget)
+
+    def _decisions_of(self, logits: Tensor, budget: float | None) -> Tensor:
+        return decisions_of(logits, self._menu, budget, self._always)
 
     def _logits_of_policy(self, images: Tensor) -> Tensor:
+        if self._look is not None:
+            return self._look.logits(self._look.features(images))
         self._check_policy_size(images)
         if self._policy_pool > 1:
             images = F.avg_pool2d(images, self._policy_pool)

@@ -28,6 +28,7 @@ from tests.random_networks import (
     keep_half,
     make_decisions,
     make_images,
+    make_look_model,
     make_model,
     make_network,
     make_policy,
@@ -249,6 +250,90 @@ def test_policy_on_pooled_images():
     for call in (engine, engine.probabilities):
         with pytest.raises(ValueError, match=message):
             call(images[:, :, :14])
+
+
+LOOKS = {
+    "walk": ("walk", torch.float32, CIFAR),
+    "auto": ("auto", torch.float32, CIFAR),
+    "gather": ("gather", torch.float32, CIFAR),
+    "gather float64": ("gather", torch.float64, CIFAR),
+    "dense float64": ("dense", torch.float64, CIFAR),
+    "gather bottleneck": ("gather", torch.float64, BOTTLENECK),
+    "gather bfloat16": ("gather", torch.bfloat16, CIFAR),
+}
+SETS = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 1, 0], [1, 1, 1, 1, 1]]).bool()
+
+
+class Looking(nn.Module):
+    """The logits of a model's policy with a backbone's signature, for ``make_reference``."""
+
+    def __init__(self, model: bdf.BlockDrop):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, decisions):
+        return self.model.policy_logits(images)
+
+
+@pytest.mark.parametrize("sets", [None, SETS], ids=["thresholds", "menu"])
+@pytest.mark.parametrize("case", LOOKS)
+def test_policy_that_looks(case, sets):
+    strategy, dtype, config = LOOKS[case]
+    model, images = make_look_model(config, 1, sets)
+    engine, images = bdf.compile(model, dtype=dtype, strategy=strategy), images.to(dtype)
+    for budget in [None] if sets is None else [None, 1.5, 4.0]:
+        logits, decisions = engine(images, budget=budget)
+        assert decisions[:, 0].all()
+        assert torch.equal(decisions, engine.decide(images, budget=budget))
+        check(engine, logits, images, decisions)
+        check(engine, engine.run(images, decisions), images, decisions)
+        if dtype == torch.float64:
+            expected = copy.deepcopy(model).double().decide(images, budget)
+            assert torch.equal(decisions, expected)
+            assert torch.equal(decisions[:1], engine(images[:1], budget=budget).decisions)
+    assert not decisions.all()
+    assert len(decisions.unique(dim=0)) > 1
+    sets = torch.stack([decisions, torch.ones_like(decisions)])
+    for result, one in zip(engine.run_sets(images, sets), sets, strict=True):
+        check(engine, result, images, one)
+    reference = make_reference(Looking(model), images, None, dtype)
+    reference.check("the head's logits", engine._logits_of_policy(images))
+    probabilities, decisions = engine.probabilities(images), engine.decide(images)
+    tied = probabilities == 0.5
+    assert torch.equal(decisions | tied, bdf.decide(probabilities) | tied)
+    assert engine(images[:0]).decisions.shape == (0, config.num_blocks)
+
+
+def test_auto_says_what_runs_twice():
+    model, _ = make_look_model(after=2)
+    reason = bdf.compile(model).strategy_reason
+    if extension_status().loaded:
+        assert reason.endswith("; blocks 1 to 2, which the policy looks at, run twice")
+
+
+def test_the_first_blocks_run_once_where_the_executor_can_begin_behind_them(monkeypatch):
+    model, images = make_look_model(after=2)
+    engine, ran = bdf.compile(model, strategy="gather"), []
+    monkeypatch.setattr(engine._choice.executor, "run", _noting(engine._choice.executor, ran))
+    engine(images)
+    assert not ran
+
+
+@pytest.mark.parametrize("strategy", ["gather", "dense"])
+def test_policy_that_looks_is_a_snapshot_until_refreshed(strategy):
+    model, images = make_look_model()
+    engine = bdf.compile(model, strategy=strategy)
+    old = engine(images)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(1.1)
+    again = engine(images)
+    assert torch.equal(again.logits, old.logits)
+    engine.refresh()
+    new = engine(images)
+    assert not torch.allclose(new.logits, old.logits, rtol=1e-3)
+    check(engine, new.logits, images, new.decisions)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -30,6 +30,16 @@ class Executor(Protocol):
         """(B, 3, H, W) images, (B, K) bool decisions -> (B, num_classes) logits; B at least 1."""
         ...
 
+    def run_from(self, images: Tensor, features: Tensor, after: int, decisions: Tensor) -> Tensor:
+        """``run`` where what blocks 1 to ``after`` give is there already.
+
+        Args:
+            images, decisions: as of ``run``; all images keep blocks 1 to ``after``.
+            features: (B, C, H, W) channels-last, of those blocks; overwritten. An executor that
+                cannot begin there leaves them aside.
+        """
+        return self.run(images, decisions)
+
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits."""
         ...

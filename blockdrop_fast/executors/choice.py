@@ -59,6 +59,7 @@ def choose(
     asked: Literal["auto", "walk", "gather", "dense"],
     launch: Launch,
     table: Crossover | None,
+    looks_after: int = 0,
 ) -> Choice:
     """Choose what executes a backbone.
 
@@ -67,6 +68,7 @@ def choose(
         asked: the strategy; "auto": the fastest that serves the network.
         launch: see ``GraphGatherExecutor``.
         table: what was measured of this network here, if anything was.
+        looks_after: the policy looks at what this block gives; 0: it looks at the image.
 
     Raises:
         TypeError, ValueError: the strategy that was asked for does not serve the network.
@@ -84,6 +86,10 @@ def choose(
     if walk is None:
         gather, remark = _make_gather(network, table, launch)
         return Choice(gather, f"{reason}{remark}")
+    if looks_after:
+        # Measured on two EPYC cores, ResNet-56 with 40 % of its blocks, on one thread: at batch 1,
+        # 8 and 64 going on by gather takes 2.1, 3.0 and 1.5 times as long.
+        reason += f"; blocks 1 to {looks_after}, which the policy looks at, run twice"
     if table is None or not table.walk_loses_somewhere():
         return Choice(walk, reason)
     gather, remark = _make_gather(network, table, launch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,11 @@ class DenseExecutor(Executor):
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (B, K) bool decisions -> (B, num_classes) logits."""
-        x = self._layers.stem(images)
-        for k, block in enumerate(self._layers.blocks):
+        return self.run_from(images, self._layers.stem(images), 0, decisions)
+
+    def run_from(self, images: Tensor, features: Tensor, after: int, decisions: Tensor) -> Tensor:
+        x = features
+        for k, block in islice(enumerate(self._layers.blocks), after, None):
             shortcut = block.shortcut(x)
             keep = decisions[:, k, None, None, None]
             x = torch.where(keep, block.kept(x, shortcut), shortcut)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -47,9 +48,12 @@ class GatherExecutor(Executor):
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images and their (B, K) bool decisions -> (B, num_classes) logits."""
+        return self.run_from(images, self._layers.stem(images), 0, decisions)
+
+    def run_from(self, images: Tensor, features: Tensor, after: int, decisions: Tensor) -> Tensor:
         planned = plan(decisions)
-        x = self._layers.stem(images)
-        for k, block in enumerate(self._layers.blocks):
+        x = features
+        for k, block in islice(enumerate(self._layers.blocks), after, None):
             x = self._run_block(block, x, planned, k)
         return self._layers.classifier(x)
 

@@ -1,7 +1,7 @@
 """FLOPs of an image in the paper's convention, counted from the architecture.
 
 2 x multiply-accumulates of convolutions and linear layers. Shortcuts count, also those of
-dropped blocks, which run all the same; so does the policy network. Batch norm, ReLU, pooling and
+dropped blocks, which run all the same; so does the policy. Batch norm, ReLU, pooling and
 the parameter-free shortcuts do not. Check values are BlockDrop table 1 and section 4.
 """
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blockdrop_fast.decisions import check_decisions
 from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.look import LookPolicy, pooled_size
 from blockdrop_fast.networks.resnet import ProjectionShortcut, ResNet
 
 ImageSize = int | tuple[int, int]
@@ -59,15 +60,28 @@ def block_flops(backbone: ResNet, image_size: ImageSize | None = None) -> Tensor
 
 
 def fixed_flops(model: BlockDrop | ResNet, image_size: ImageSize | None = None) -> float:
-    """FLOPs of an image that drops all blocks: stem, shortcuts, classifier, policy network."""
+    """FLOPs of an image that drops all blocks: stem, shortcuts, classifier, policy."""
     backbone = _backbone(model)
     fixed, _ = _count(backbone, image_size)
     if isinstance(model, BlockDrop):
-        height, width = _size(backbone, image_size)
-        pool = model.policy.input_pool
-        policy_fixed, policy_blocks = _count(model.policy.network, (height // pool, width // pool))
-        fixed += policy_fixed + sum(policy_blocks)
+        fixed += _policy_flops(model, image_size)
     return float(fixed)
+
+
+def _policy_flops(model: BlockDrop, image_size: ImageSize | None) -> int:
+    policy, size = model.policy, _size(model.backbone, image_size)
+    if isinstance(policy, LookPolicy):
+        # The first segment has the size that the stem gives.
+        size, flops = pooled_size(_stem(model.backbone, size)[1]), 0
+        for conv in policy.convs:
+            conv_flops, size = _conv(conv, size)
+            flops += conv_flops
+        return flops + 2 * policy.fc.weight.numel()
+    height, width = size
+    fixed, per_block = _count(
+        policy.network, (height // policy.input_pool, width // policy.input_pool)
+    )
+    return fixed + sum(per_block)
 
 
 def _backbone(model: BlockDrop | ResNet) -> ResNet:
@@ -93,9 +107,7 @@ def _size(network: ResNet, image_size: ImageSize | None) -> tuple[int, int]:
 
 def _count(network: ResNet, image_size: ImageSize | None) -> tuple[int, list[int]]:
     """(FLOPs outside of the F_k, FLOPs of each F_k)."""
-    fixed, size = _conv(network.conv1, _size(network, image_size))
-    if network.config.stem == "imagenet":
-        size = (_pixels(size[0], 3, 2, 1), _pixels(size[1], 3, 2, 1))
+    fixed, size = _stem(network, _size(network, image_size))
     per_block = []
     for block, shortcut in network.blocks():
         if isinstance(shortcut, ProjectionShortcut):
@@ -106,6 +118,14 @@ def _count(network: ResNet, image_size: ImageSize | None) -> tuple[int, list[int
             cost += conv_flops
         per_block.append(cost)
     return fixed + 2 * network.fc.in_features * network.fc.out_features, per_block
+
+
+def _stem(network: ResNet, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """(FLOPs, height and width of the output)."""
+    flops, size = _conv(network.conv1, size)
+    if network.config.stem == "imagenet":
+        size = (_pixels(size[0], 3, 2, 1), _pixels(size[1], 3, 2, 1))
+    return flops, size
 
 
 def _conv(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:

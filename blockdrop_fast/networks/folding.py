@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.resnet import ProjectionShortcut, ResNet, ResNetConfig
 
 
@@ -58,6 +59,23 @@ class FoldedNetwork:
     fc_bias: Tensor
 
 
+@dataclass(frozen=True)
+class FoldedHead:
+    """The head of a ``LookPolicy`` with folded batch norm; a copy, as ``FoldedNetwork``.
+
+    Attributes:
+        after: the block behind which it looks, 1-based.
+        convs: its convolutions, a ReLU after each.
+        fc_weight: (M or K, C).
+        fc_bias: (M or K,).
+    """
+
+    after: int
+    convs: tuple[FoldedConv, ...]
+    fc_weight: Tensor
+    fc_bias: Tensor
+
+
 def fold_conv(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> FoldedConv:
     """Fold batch norm in eval mode into the convolution before it.
 
@@ -94,4 +112,16 @@ def fold_network(network: ResNet, dtype: torch.dtype) -> FoldedNetwork:
         blocks=tuple(blocks),
         fc_weight=network.fc.weight.detach().to(dtype, copy=True),
         fc_bias=network.fc.bias.detach().to(dtype, copy=True),
+    )
+
+
+@torch.no_grad()
+def fold_head(policy: LookPolicy, dtype: torch.dtype) -> FoldedHead:
+    """Copy a policy's head with every batch norm folded into the convolution before it."""
+    convs = (fold_conv(*pair, dtype) for pair in zip(policy.convs, policy.bns, strict=True))
+    return FoldedHead(
+        after=policy.after,
+        convs=tuple(convs),
+        fc_weight=policy.fc.weight.detach().to(dtype, copy=True),
+        fc_bias=policy.fc.bias.detach().to(dtype, copy=True),
     )

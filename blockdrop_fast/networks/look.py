@@ -99,5 +99,9 @@ class LookPolicy(nn.Module):
 
 def pooled(features: Tensor) -> Tensor:
     """(B, C, H, W) features, average-pooled to at most 16x16."""
-    height, width = features.shape[2:]
-    return F.adaptive_avg_pool2d(features, (min(height, SIZE), min(width, SIZE)))
+    return F.adaptive_avg_pool2d(features, pooled_size(features.shape[2:]))
+
+
+def pooled_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of features -> those of the pooled ones."""
+    return min(size[0], SIZE), min(size[1], SIZE)

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.flops import block_flops, fixed_flops, flops
+from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.policy import policy_resnet8, policy_resnet10
 from blockdrop_fast.networks.resnet import (
     ResNet,
@@ -103,6 +104,22 @@ def test_policy_agrees_with_pytorchs_counter(policy, size):
     model = BlockDrop(backbone, policy(backbone.num_blocks)).eval()
     counted = count_with_pytorch(model.policy, torch.randn(1, 3, size, size))
     assert fixed_flops(model, size) - fixed_flops(backbone, size) == counted
+
+
+@pytest.mark.parametrize(("config", "after", "size"), [(NETWORKS[0], 2, 32), (NETWORKS[2], 1, 96)])
+def test_looking_agrees_with_pytorchs_counter(config, after, size):
+    model = BlockDrop(ResNet(config), LookPolicy(config, after)).eval()
+    features = model.backbone.features(torch.randn(1, 3, size, size), after)
+    counted = count_with_pytorch(model.policy, features)
+    assert fixed_flops(model, size) - fixed_flops(model.backbone, size) == counted
+
+
+def test_looking_costs_an_eighth_of_a_block():
+    backbone = on_meta(resnet_cifar, 56)
+    with torch.device("meta"):
+        model = BlockDrop(backbone, LookPolicy(backbone.config, 2))
+    cost = fixed_flops(model) - fixed_flops(backbone)
+    assert cost == pytest.approx(block_flops(backbone).max().item() / 8, rel=0.01)
 
 
 def test_result_is_float64_and_takes_every_form_of_decisions():
