@@ -119,6 +119,50 @@ class Expert(Common):
 
 
 @dataclass(frozen=True)
+class Joint(Common):
+    """Finetune a backbone for the decisions of a menu's policy network, or for one set of blocks."""
+
+    out: Path = Path("runs/joint")
+    model: Path | None = None
+    """BlockDrop checkpoint whose policy network has a menu, of the stage expert (required, or
+    --backbone and --static)."""
+    budget: float | None = None
+    """Mean kept blocks to train at, and the model's own; default: the one that it has."""
+    spread: float = 0.25
+    """Share of the images that run at another budget, so that the backbone serves all of them; 1:
+    no budget is preferred."""
+    budgets: tuple[float, float] | None = None
+    """With --spread: the lowest and the highest of them; default: all that the menu reaches."""
+    backbone: Path | None = None
+    """Backbone checkpoint, with --static."""
+    static: int | None = None
+    """The control: every image runs the best set of so many blocks, by greedy elimination on
+    training images."""
+    epochs: int = 8
+    batch_size: int = 128
+    lr: float = 0.05
+    """Peak of the one-cycle schedule (SGD with Nesterov momentum)."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    policy_lr: float = 0.0
+    """Peak for the policy network, which learns from what came of the sets that ran; 0: it stays
+    as it is."""
+    value: float = 1.0
+    """With --policy-lr: weight of its loss."""
+    held_out: int = 5000
+    """Training images that are not trained on: the prices of budgets are calibrated on them."""
+    teacher: Path | None = None
+    """Backbone checkpoint whose logits, all blocks kept, are also learned (distillation)."""
+    distill: float = 0.5
+    """With --teacher: weight of that loss; the cross entropy has the rest."""
+    temperature: float = 2.0
+    """With --teacher: softening of both logits."""
+    static_images: int | None = None
+    """Training images on which the static line is found at the end, for the logs; default: by the
+    depth, and 0 for images above 64 pixels; 0: it is left out."""
+
+
+@dataclass(frozen=True)
 class Policy(Common):
     """Options of the stages that train a policy network."""
 
@@ -243,6 +287,7 @@ class Demo(Common):
 STAGES = {
     "pretrain": Pretrain,
     "expert": Expert,
+    "joint": Joint,
     "curriculum": Curriculum,
     "finetune": Finetune,
     "heuristics": Heuristics,

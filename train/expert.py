@@ -94,7 +94,7 @@ def expert(config: Expert) -> None:
             if run.step % 20 == 0:
                 run.show(**means.items())
         metrics = {f"train_{name}": value for name, value in means.items().items()}
-        _calibrate(model, held_out, budget, config.workers)
+        calibrate(model, held_out, budget, config.workers)
         if run.due(epoch, config.evaluate_every):
             engine.refresh()
             if static is None:
@@ -158,18 +158,32 @@ def make_examples(
         workers: see ``plain_batches``.
 
     Returns:
-        (N, M) float32 on the CPU: half whether the prediction is right, half the probability of
-        the label, which tells a near miss from a far one.
+        (N, M) float32 on the CPU, see ``outcomes``.
     """
     rows = max(1, ROWS // len(sets))
     result = []
     for images, labels in plain_batches(engine.backbone, image_set, rows, workers):
         decisions = sets.to(engine.device)[:, None].expand(-1, len(images), -1)
         logits = engine.run_sets(images.to(engine.dtype), decisions).float()
-        wanted = labels.expand(len(sets), -1)
-        probability = logits.softmax(-1).gather(-1, wanted[..., None]).squeeze(-1)
-        result.append(((logits.argmax(-1) == wanted).float() + probability).T.cpu() / 2)
+        result.append(outcomes(logits, labels.expand(len(sets), -1)).T.cpu())
     return torch.cat(result)
+
+
+def outcomes(logits: Tensor, labels: Tensor) -> Tensor:
+    """How right predictions are, 0…1: half whether they are, half the label's probability.
+
+    The latter tells a near miss from a far one.
+
+    Args:
+        logits: (…, C).
+        labels: (…) int64.
+
+    Returns:
+        (…) float32.
+    """
+    logits = logits.float()
+    probability = logits.softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+    return ((logits.argmax(-1) == labels).float() + probability) / 2
 
 
 def _make_examples(
@@ -196,10 +210,14 @@ def _make_examples(
 
 
 @torch.no_grad()
-def _calibrate(
-    model: bdf.BlockDrop, held_out: ImageSet | ImageFolder, budget: float, workers: int
+def calibrate(
+    model: bdf.BlockDrop, held_out: ImageSet | ImageFolder, budget: float | None, workers: int
 ) -> None:
-    """Find the prices of budgets on images that the policy network was not trained on."""
+    """Find the prices of budgets on images that the policy network was not trained on.
+
+    Args:
+        budget: becomes the menu's own; None: it keeps the one that it has.
+    """
     policy = copy.deepcopy(model.policy).eval()
     batches = plain_batches(model, held_out, EVALUATION_BATCH, workers)
     model.policy.menu.calibrate(torch.cat([policy.logits(images) for images, _ in batches]), budget)

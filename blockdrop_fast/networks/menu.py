@@ -54,8 +54,12 @@ class Menu(nn.Module):
         """K."""
         return self.sets.shape[1]
 
-    def at_price(self, logits: Tensor, price: float) -> Tensor:
-        """(B, M) logits of being right with each set -> (B,) int64, the sets worth their price."""
+    def at_price(self, logits: Tensor, price: float | Tensor) -> Tensor:
+        """(B, M) logits of being right with each set -> (B,) int64, the sets worth their price.
+
+        Args:
+            price: of a block; (B, 1) where each image has its own.
+        """
         return (logits.float().sigmoid() - price * self.sets.sum(1)).argmax(1)
 
     def choose(self, logits: Tensor, budget: float | None = None) -> Tensor:

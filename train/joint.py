@@ -1,0 +1,192 @@
+"""Stage 3, another way: finetuning a backbone for what a menu's policy network decides.
+
+    python -m train joint --preset quick --data DIR --model expert.safetensors --budget 7
+    python -m train joint --preset quick --data DIR --backbone droppable.safetensors --static 7
+
+The paper's finetuning undoes within an epoch what a policy network knows of the images. Here each
+image runs the set that it gets at the budget, some images that of another budget, and the backbone
+learns; the policy network stays, or learns from what came of the sets that ran (a regression, as in
+the stage ``expert``). The second command is the control: the same training, in which every image
+runs the best set of that size. Not in the paper.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import blockdrop_fast as bdf
+from blockdrop_fast.data.image_sets import Dataset
+from blockdrop_fast.files import atomic_write
+from blockdrop_fast.measure.static_line import cached_static_line
+from blockdrop_fast.networks.menu import Menu
+from train.config import Joint
+from train.distillation import distillation_loss, load_teacher
+from train.expert import calibrate, outcomes, split
+from train.loop import (
+    EVALUATION_BATCH,
+    MODEL_FILE,
+    Means,
+    PolicyStatistics,
+    Run,
+    autocast,
+    check_out,
+    engine_dtype,
+    evaluate_test,
+    evaluation_metrics,
+    plain_batches,
+    prepare,
+    sampling_generator,
+    static_accuracies_of,
+)
+
+SET_FILE = "set.json"
+STATIC_LINE_IMAGES = 1000
+PRICES = 64  # among which an image's own budget is drawn
+
+
+def joint(config: Joint) -> None:
+    """Train a backbone on the blocks that its images get, by SGD under a one-cycle schedule.
+
+    Raises:
+        ValueError: options that contradict each other, or do not fit the model.
+    """
+    check_out(config)
+    device, dataset = prepare(config)
+    model = _load_model(config).to(device, memory_format=torch.channels_last)
+    dtype = engine_dtype(config, device)
+    engine = bdf.compile(model, dtype=dtype)
+    held_out, train = split(dataset.train, config.held_out, config.seed)
+    routed = isinstance(model, bdf.BlockDrop)
+    if routed:
+        menu, decide = model.policy.menu, None
+        calibrate(model, held_out, config.budget, config.workers)
+    else:
+        menu = Menu(_static_set(config, engine, dataset)[None]).to(device)
+        decide = lambda images: menu.sets.expand(len(images), -1)  # noqa: E731
+    learning = {"backbone": (model.backbone if routed else model, config.lr)}
+    if config.policy_lr:
+        learning["policy"] = (model.policy, config.policy_lr)
+    optimizer = torch.optim.SGD(
+        [{"params": network.parameters(), "lr": lr} for network, lr in learning.values()],
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=True,
+    )
+    steps = max(1, len(train) // config.batch_size) * config.epochs
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [lr for _, lr in learning.values()], total_steps=steps, cycle_momentum=False
+    )
+    run = Run(config, model, [optimizer], [scheduler])
+    teacher = load_teacher(config.teacher, model, device, dtype)
+    for epoch in run.epochs():
+        means, statistics = Means(), PolicyStatistics()
+        generator = sampling_generator(config.seed, epoch, device)
+        model.train()
+        if routed:
+            model.policy.train(bool(config.policy_lr))
+            prices = _prices(menu, config).to(device)
+        for images, labels in run.batches(train, epoch, config.batch_size):
+            with autocast(config, device):
+                if routed:
+                    price = _draw(prices, len(images), config.spread, generator)
+                    logits, decisions, values = model.forward_with(
+                        images, lambda values, at=price: menu.sets[menu.at_price(values, at)]
+                    )
+                else:
+                    decisions = decide(images)
+                    logits = model(images, decisions, active_only=True)
+            loss = F.cross_entropy(logits.float(), labels)
+            if teacher is not None:
+                target = teacher(images.to(dtype)).logits.float()
+                distilled = distillation_loss(logits.float(), target, config.temperature)
+                loss = (1 - config.distill) * loss + config.distill * distilled
+            if config.policy_lr:
+                ran = menu.at_price(values, price)[:, None]
+                right = outcomes(logits.detach(), labels)
+                regression = F.binary_cross_entropy_with_logits(
+                    values.float().gather(1, ran).squeeze(1), right
+                )
+                means.add(len(images), value_loss=regression)
+                loss = loss + config.value * regression
+            run.check_finite(loss, epoch=epoch, lr=scheduler.get_last_lr()[0])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            means.add(len(images), loss=loss, accuracy=(logits.argmax(1) == labels).float().mean())
+            statistics.add(decisions)
+            if run.step % 20 == 0:
+                run.show(**means.items())
+        metrics = {f"train_{name}": value for name, value in means.items().items()}
+        metrics |= statistics.items("train")
+        if routed and config.policy_lr:
+            calibrate(model, held_out, config.budget, config.workers)
+        if run.due(epoch, config.evaluate_every):
+            engine.refresh()
+            static = None
+            if epoch == config.epochs:
+                static = static_accuracies_of(
+                    config.out / MODEL_FILE, engine, dataset, config.static_images, config.workers
+                )
+            evaluation = evaluate_test(
+                engine, dataset, config.workers, decide, config.routing_images, static
+            )
+            metrics |= evaluation_metrics(evaluation, 1.0)
+        run.finish_epoch(epoch, metrics)
+
+
+def _prices(menu: Menu, config: Joint) -> Tensor:
+    """(1 + PRICES,) prices of a block: at the budget itself, and at budgets of the spread."""
+    lowest, highest = config.budgets or (menu.usages[-1], menu.usages[0])
+    budgets = torch.linspace(lowest, highest, PRICES).clamp(menu.usages[-1], menu.usages[0])
+    return torch.tensor([menu.price(), *(menu.price(budget) for budget in budgets.tolist())])
+
+
+def _draw(prices: Tensor, batch: int, spread: float, generator: torch.Generator) -> Tensor:
+    """(batch, 1) prices: the first one, but for a share ``spread`` of images any of the others."""
+    device = prices.device
+    other = torch.randint(1, len(prices), (batch,), generator=generator, device=device)
+    differs = torch.rand(batch, generator=generator, device=device) < spread
+    return prices[other * differs][:, None]
+
+
+def _static_set(config: Joint, engine: bdf.Engine, dataset: Dataset) -> Tensor:
+    """(K,) bool: the best set of so many blocks, by greedy elimination on training images.
+
+    It is written beside the run's checkpoint, which is a bare backbone.
+    """
+    blocks = engine.config.num_blocks
+    if not 0 <= config.static <= blocks:
+        raise ValueError(f"static: expected 0 to {blocks} blocks, got {config.static}")
+    some = dataset.train.subset(min(STATIC_LINE_IMAGES, len(dataset.train)), config.seed)
+    batches = plain_batches(engine.backbone, some, EVALUATION_BATCH, config.workers)
+    keep = cached_static_line(config.backbone, engine, list(batches)).sets[config.static]
+    config.out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(config.out / SET_FILE) as path:
+        path.write_text(json.dumps({"keep": keep.int().tolist()}) + "\n")
+    print("runs blocks " + " ".join(str(int(block) + 1) for block in keep.nonzero()))
+    return keep
+
+
+def _load_model(config: Joint) -> bdf.BlockDrop | bdf.ResNet:
+    if config.static is not None:
+        if config.backbone is None or config.model is not None:
+            raise ValueError("static: expected --backbone, and no --model")
+        if config.policy_lr or config.budget is not None or config.budgets is not None:
+            raise ValueError("static: expected no --policy-lr, --budget or --budgets")
+        return bdf.load_backbone(config.backbone)
+    if config.model is None or config.backbone is not None:
+        raise ValueError("model: expected a BlockDrop checkpoint, or --backbone and --static")
+    model = bdf.load(config.model)
+    if model.policy.menu is None:
+        raise ValueError(
+            f"model: the policy network of {config.model} decides block by block; expected one "
+            "with a menu, of the stage expert"
+        )
+    if not 0 <= config.spread <= 1:
+        raise ValueError(f"spread: expected 0 to 1, got {config.spread}")
+    return model.requires_grad_(True)
