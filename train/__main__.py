@@ -1,4 +1,4 @@
-"""``python -m train STAGE [options]``: pretrain, expert, curriculum, finetune, heuristics, demo."""
+"""``python -m train STAGE [options]``: a training stage of ``train/``."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class Expert(Common):
 
 @dataclass(frozen=True)
 class Joint(Common):
-    """Finetune a backbone for the decisions of a menu's policy network, or for one set of blocks."""
+    """Finetune a backbone for the decisions of a menu's policy network, or for one set."""
 
     out: Path = Path("runs/joint")
     model: Path | None = None

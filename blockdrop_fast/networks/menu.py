@@ -28,6 +28,7 @@ class Menu(nn.Module):
     Attributes:
         sets: as above, a buffer.
         prices: of one block in probability of being right, ascending; empty before ``calibrate``.
+            Below 0 an image gets more blocks than it is surest with.
         usages: the mean kept blocks at each price, descending.
         budget: the mean kept blocks that are chosen where no budget is asked for; None: there is
             no such. These three are numbers on the host: a choice on a GPU does not wait.
@@ -121,8 +122,9 @@ class Menu(nn.Module):
             middle = tried((low[0] + high[0]) / 2)
             return [*between(low, middle), middle, *between(middle, high)]
 
-        # For nothing, every image gets what it is surest of; for a probability of 1, no block.
-        ends = tried(0.0), tried(1.0)
+        # For nothing, an image gets what it is surest of; for a probability of 1 the smallest set,
+        # and where a block earns as much the largest, so that every usage between can be met.
+        ends = tried(-1.0), tried(1.0)
         table = [ends[0], *between(*ends), ends[1]]
         # Of equal usages the first price: from one usage to the next the curve is a line.
         steps = [b for a, b in pairwise(table) if b[1] < a[1]]
