@@ -19,7 +19,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockdrop_fast.data.image_sets import (
     IMAGENET_NORMALIZATION,
@@ -29,6 +29,7 @@ from blockdrop_fast.data.image_sets import (
 )
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, ShortcutKind
@@ -181,11 +182,11 @@ def _build_network(config: ResNetConfig, tensors: Tensors, where: str) -> ResNet
             network = ResNet(config)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    _load_strictly(network, tensors, where)
+    _load_strictly(network, tensors, str(network.config), where)
     return network
 
 
-def _load_strictly(network: ResNet, tensors: Tensors, where: str) -> None:
+def _load_strictly(network: nn.Module, tensors: Tensors, architecture: str, where: str) -> None:
     expected = network.state_dict()
     tensors = dict(tensors)
     for key in expected:
@@ -215,7 +216,7 @@ def _load_strictly(network: ResNet, tensors: Tensors, where: str) -> None:
         problems.append(f"{len(dtypes)} tensors of an unexpected dtype: {_some(dtypes)}")
     if problems:
         raise CheckpointError(
-            f"{where}: does not fit the architecture {network.config}: {'; '.join(problems)} "
+            f"{where}: does not fit the architecture {architecture}: {'; '.join(problems)} "
             "(keys as blockdrop_fast names them)"
         )
     copies = {
@@ -408,21 +409,29 @@ def _own_backbone(
     normalization: Normalization | None,
     path: Path,
 ) -> ResNet:
+    part = _own_part(tensors, "backbone.")
+    stored = _own_config(part, metadata, path)
     try:
-        stored = dict(metadata["backbone"])
         saved = metadata["normalization"]
         normalization = normalization or (saved and Normalization.from_dict(saved))
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged metadata ({error!r})") from None
-    part = _own_part(tensors, "backbone.")
-    inferred = _override(_infer_config(part, False, str(path)), stored, str(path))
-    network = _build_network(_override(inferred, overrides, str(path)), part, str(path))
+    network = _build_network(_override(stored, overrides, str(path)), part, str(path))
     network.normalization = normalization
     return network
 
 
-def load_policy(path: str | os.PathLike) -> PolicyNetwork:
-    """Load the policy network of one of our files or of the authors' ``.t7`` files.
+def _own_config(backbone: Tensors, metadata: Mapping, path: Path) -> ResNetConfig:
+    """The architecture of the backbone with these weights."""
+    try:
+        stored = dict(metadata["backbone"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged metadata ({error!r})") from None
+    return _override(_infer_config(backbone, False, str(path)), stored, str(path))
+
+
+def load_policy(path: str | os.PathLike) -> PolicyNetwork | LookPolicy:
+    """Load the policy of one of our files or of the authors' ``.t7`` files.
 
     The authors' files of the curriculum stage hold nothing else; ``load`` takes those that
     hold both networks.
@@ -451,25 +460,47 @@ def _foreign_policy(content: Mapping, path: Path) -> PolicyNetwork:
     return PolicyNetwork(_build_network(config, tensors, where), input_pool)
 
 
-def _own_policy(tensors: Tensors, metadata: Mapping, path: Path) -> PolicyNetwork:
+def _own_policy(tensors: Tensors, metadata: Mapping, path: Path) -> PolicyNetwork | LookPolicy:
     if metadata.get("policy") is None:
         raise CheckpointError(f"{path}: holds no policy network; use load_backbone")
     where = f"{path} (policy network)"
     try:
-        stored = dict(metadata["policy"]["network"])
-        input_pool = int(metadata["policy"]["input_pool"])
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged metadata ({error!r})") from None
-    part = _own_part(tensors, "policy.network.")
-    config = _override(_infer_config(part, False, where), stored, where)
-    network = _build_network(config, part, where)
-    try:
-        menu = None
-        if metadata["policy"].get("menu") is not None:
-            menu = _own_menu(tensors, metadata["policy"]["menu"])
-        return PolicyNetwork(network, input_pool, menu)
-    except (KeyError, TypeError, ValueError) as error:
+        stored, menu = metadata["policy"], None
+        if stored.get("menu") is not None:
+            menu = _own_menu(tensors, stored["menu"])
+        if "look" in stored:
+            config = _own_config(_own_part(tensors, "backbone."), metadata, path)
+            return _own_look(tensors, config, stored["look"], menu, where)
+        part = _own_part(tensors, "policy.network.")
+        config = _override(_infer_config(part, False, where), dict(stored["network"]), where)
+        network = _build_network(config, part, where)
+        return PolicyNetwork(network, int(stored["input_pool"]), menu)
+    except CheckpointError:
+        raise
+    except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: damaged metadata ({error!r})") from None
+
+
+def _own_look(
+    tensors: Tensors, backbone: ResNetConfig, stored: Mapping, menu: Menu | None, where: str
+) -> LookPolicy:
+    """A head for the file's backbone.
+
+    Raises:
+        CheckpointError: its weights are not of such a head.
+        KeyError, TypeError, ValueError: it is not what ``save`` writes.
+    """
+    with torch.device("meta"):
+        policy = LookPolicy(backbone, int(stored["after"]), menu, tuple(stored["widths"]))
+    _load_strictly(
+        policy,
+        _own_part(tensors, "policy."),
+        f"a head after block {policy.after}, of {len(policy.fc.weight)} outputs, on {backbone}",
+        where,
+    )
+    return policy
 
 
 def _own_menu(tensors: Tensors, stored: Mapping) -> Menu:
@@ -536,7 +567,7 @@ def load_any(path: str | os.PathLike) -> BlockDrop | ResNet:
 def save(model: BlockDrop | ResNet, path: str | os.PathLike) -> None:
     """Write a BlockDrop model or a bare backbone as safetensors, atomically.
 
-    The architecture, the policy network's input pooling and the normalisation of the images go
+    The architectures, what the policy looks at, its menu, and the normalisation of the images go
     into the file's metadata as JSON, so that ``load`` needs nothing else.
 
     Raises:
@@ -554,13 +585,7 @@ def save(model: BlockDrop | ResNet, path: str | os.PathLike) -> None:
     metadata = {
         "format_version": FORMAT_VERSION,
         "backbone": backbone.config.to_dict(),
-        "policy": policy
-        and {
-            "network": policy.network.config.to_dict(),
-            "input_pool": policy.input_pool,
-            "menu": policy.menu
-            and {name: getattr(policy.menu, name) for name in ("prices", "usages", "budget")},
-        },
+        "policy": policy and _policy_metadata(policy),
         "normalization": backbone.normalization and backbone.normalization.to_dict(),
     }
     tensors = {
@@ -569,6 +594,17 @@ def save(model: BlockDrop | ResNet, path: str | os.PathLike) -> None:
     }
     with atomic_write(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
+
+
+def _policy_metadata(policy: PolicyNetwork | LookPolicy) -> dict[str, Any]:
+    menu = policy.menu and {
+        name: getattr(policy.menu, name) for name in ("prices", "usages", "budget")
+    }
+    if isinstance(policy, LookPolicy):
+        widths = [conv.out_channels for conv in policy.convs]
+        return {"look": {"after": policy.after, "widths": widths}, "menu": menu}
+    network = policy.network.config.to_dict()
+    return {"network": network, "input_pool": policy.input_pool, "menu": menu}
 
 
 def init_policy_from_resnet18(policy: PolicyNetwork, path: str | os.PathLike) -> None:

@@ -1,9 +1,13 @@
-"""Policies that look at the backbone's first blocks, then decide: the reference, and gradients."""
+"""Policies that look at the backbone's first blocks: the reference, gradients, checkpoints."""
+
+import json
 
 import pytest
+import safetensors.torch
 import torch
 
 import blockdrop_fast as bdf
+from blockdrop_fast.networks.checkpoints import CheckpointError, load_any, load_policy
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.resnet import ResNetConfig
 from tests.random_networks import BOTTLENECK, CIFAR, CUSTOM, make_look_model, make_model
@@ -115,6 +119,80 @@ def test_empty_batch(model):
 def test_images_of_any_size(size):
     model, _ = make_look_model()
     assert model(torch.randn(2, 3, *size)).logits.shape == (2, 10)
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_round_trip(kind, tmp_path):
+    model, images = make_look_model(*KINDS[kind])
+    path = tmp_path / "model.safetensors"
+    bdf.save(model, path)
+    loaded, policy = bdf.load(path).eval(), load_policy(path)
+    assert isinstance(load_any(path), bdf.BlockDrop)
+    for one, other in ((loaded, model), (policy, model.policy)):
+        state = other.state_dict()
+        assert one.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+    assert (policy.after, policy.num_blocks) == (model.policy.after, model.policy.num_blocks)
+    with torch.no_grad():
+        for budget in (None,) if model.policy.menu is None else (None, 1.5):
+            assert torch.equal(loaded(images, budget).logits, model(images, budget).logits)
+
+
+def test_widths_of_the_head_are_kept(tmp_path):
+    path = tmp_path / "model.safetensors"
+    model = bdf.BlockDrop(bdf.ResNet(CIFAR), bdf.LookPolicy(CIFAR, 2, widths=(8, 12, 16)))
+    bdf.save(model, path)
+    assert [conv.out_channels for conv in bdf.load(path).policy.convs] == [8, 12, 16]
+
+
+def _one_block_later(metadata, tensors):
+    metadata["policy"]["look"]["after"] = 3
+
+
+def _other_channels(metadata, tensors):
+    tensors["policy.convs.0.weight"] = torch.zeros(32, 8, 3, 3)
+
+
+def _other_blocks(metadata, tensors):
+    del metadata["policy"]["menu"]
+    tensors.pop("policy.menu.sets")
+
+
+def _no_widths(metadata, tensors):
+    del metadata["policy"]["look"]["widths"]
+
+
+def _sets_without_the_first(metadata, tensors):
+    tensors["policy.menu.sets"] = ~tensors["policy.menu.sets"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_one_block_later, "after: expected a block of the first segment, 1 to 2, got 3"),
+        (_other_channels, r"does not fit .* a head after block 1.*convs.0.weight \(32, 8, 3, 3\)"),
+        (_other_blocks, "does not fit .* a head after block 1, of 5 outputs"),
+        (_no_widths, r"damaged metadata \(KeyError\('widths'\)\)"),
+        (_sets_without_the_first, "menu: expected blocks 1 to 1, .* in every set"),
+    ],
+)
+def test_files_of_a_head_for_another_backbone(tmp_path, change, message):
+    path = tmp_path / "model.safetensors"
+    bdf.save(make_look_model(*KINDS["menu"])[0], path)
+    with safetensors.safe_open(path, "pt") as file:
+        ((key, text),) = file.metadata().items()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata = json.loads(text)
+    change(metadata, tensors)
+    safetensors.torch.save_file(tensors, path, {key: json.dumps(metadata)})
+    for load in (bdf.load, load_policy):
+        with pytest.raises(
+            CheckpointError, match=rf"model\.safetensors \(policy network\): {message}"
+        ):
+            load(path)
 
 
 # ------------------------------------------------------------------ bad input
