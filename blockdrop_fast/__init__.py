@@ -11,6 +11,7 @@ from blockdrop_fast.networks.checkpoints import (
     pretrained,
     save,
 )
+from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.flops import flops
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.policy import PolicyNetwork, decide, policy_resnet8, policy_resnet10
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "Engine",
     "Evaluation",
+    "FixedPolicy",
     "LookPolicy",
     "Output",
     "PolicyNetwork",

@@ -26,6 +26,7 @@ from blockdrop_fast.executors.crossover import Crossover
 from blockdrop_fast.executors.gather_graph import Launch
 from blockdrop_fast.executors.look import Look
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
+from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.folding import fold_head, fold_network
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.policy import decisions_of, probabilities_of
@@ -93,9 +94,12 @@ class Engine:
         executor = self._choice.executor
         self.strategy, self.strategy_reason = executor.strategy, self._choice.reason
         self._menu = None if policy is None else copy.deepcopy(policy.menu)
-        self._look, self._policy_logits, self._executor_decides = None, None, False
+        self._look, self._fixed = None, None
+        self._policy_logits, self._executor_decides = None, False
         if isinstance(policy, LookPolicy):
             self._look = Look(network, fold_head(policy, self.dtype))
+        elif isinstance(policy, FixedPolicy):
+            self._fixed = copy.deepcopy(policy)
         elif policy is not None:
             self._policy_pool = policy.input_pool
             policy = fold_network(policy.network, self.dtype)
@@ -241,6 +245,8 @@ class Engine:
     def _logits_of_policy(self, images: Tensor) -> Tensor:
         if self._look is not None:
             return self._look.logits(self._look.features(images))
+        if self._fixed is not None:
+            return self._fixed.logits(images)
         self._check_policy_size(images)
         if self._policy_pool > 1:
             images = F.avg_pool2d(images, self._policy_pool)

@@ -12,17 +12,15 @@ runs the best set of that size. Not in the paper.
 
 from __future__ import annotations
 
-import json
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import Dataset
-from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure.static_line import cached_static_line
 from blockdrop_fast.networks.menu import Menu
+from blockdrop_fast.networks.policy import decisions_of
 from train.config import Joint
 from train.distillation import distillation_loss, load_teacher
 from train.expert import calibrate, outcomes, split
@@ -43,7 +41,6 @@ from train.loop import (
     static_accuracies_of,
 )
 
-SET_FILE = "set.json"
 STATIC_LINE_IMAGES = 1000
 PRICES = 64  # among which an image's own budget is drawn
 
@@ -58,16 +55,14 @@ def joint(config: Joint) -> None:
     device, dataset = prepare(config)
     model = _load_model(config).to(device, memory_format=torch.channels_last)
     dtype = engine_dtype(config, device)
-    engine = bdf.compile(model, dtype=dtype)
     held_out, train = split(dataset.train, config.held_out, config.seed)
-    routed = isinstance(model, bdf.BlockDrop)
-    if routed:
-        menu, decide = model.policy.menu, None
+    if isinstance(model, bdf.ResNet):
+        keep = _static_set(config, bdf.compile(model, dtype=dtype), dataset)
+        model = bdf.BlockDrop(model, bdf.FixedPolicy(keep.to(device)))
+    menu = model.policy.menu
+    if menu is not None:
         calibrate(model, held_out, config.budget, config.workers)
-    else:
-        menu = Menu(_static_set(config, engine, dataset)[None]).to(device)
-        decide = lambda images: menu.sets.expand(len(images), -1)  # noqa: E731
-    learning = {"backbone": (model.backbone if routed else model, config.lr)}
+    learning = {"backbone": (model.backbone, config.lr)}
     if config.policy_lr:
         learning["policy"] = (model.policy, config.policy_lr)
     optimizer = torch.optim.SGD(
@@ -81,24 +76,20 @@ def joint(config: Joint) -> None:
         optimizer, [lr for _, lr in learning.values()], total_steps=steps, cycle_momentum=False
     )
     run = Run(config, model, [optimizer], [scheduler])
+    engine = bdf.compile(model, dtype=dtype)
     teacher = load_teacher(config.teacher, model, device, dtype)
     for epoch in run.epochs():
         means, statistics = Means(), PolicyStatistics()
         generator = sampling_generator(config.seed, epoch, device)
         model.train()
-        if routed:
-            model.policy.train(bool(config.policy_lr))
-            prices = _prices(menu, config).to(device)
+        model.policy.train(bool(config.policy_lr))
+        prices = _prices(menu, config).to(device)
         for images, labels in run.batches(train, epoch, config.batch_size):
+            price = _draw(prices, len(images), config.spread, generator)
             with autocast(config, device):
-                if routed:
-                    price = _draw(prices, len(images), config.spread, generator)
-                    logits, decisions, values = model.forward_with(
-                        images, lambda values, at=price: menu.sets[menu.at_price(values, at)]
-                    )
-                else:
-                    decisions = decide(images)
-                    logits = model(images, decisions, active_only=True)
+                logits, decisions, values = model.forward_with(
+                    images, lambda values, price=price: _choose(menu, values, price)
+                )
             loss = F.cross_entropy(logits.float(), labels)
             if teacher is not None:
                 target = teacher(images.to(dtype)).logits.float()
@@ -123,7 +114,7 @@ def joint(config: Joint) -> None:
                 run.show(**means.items())
         metrics = {f"train_{name}": value for name, value in means.items().items()}
         metrics |= statistics.items("train")
-        if routed and config.policy_lr:
+        if config.policy_lr:
             calibrate(model, held_out, config.budget, config.workers)
         if run.due(epoch, config.evaluate_every):
             engine.refresh()
@@ -133,14 +124,23 @@ def joint(config: Joint) -> None:
                     config.out / MODEL_FILE, engine, dataset, config.static_images, config.workers
                 )
             evaluation = evaluate_test(
-                engine, dataset, config.workers, decide, config.routing_images, static
+                engine, dataset, config.workers, None, config.routing_images, static
             )
             metrics |= evaluation_metrics(evaluation, 1.0)
         run.finish_epoch(epoch, metrics)
 
 
-def _prices(menu: Menu, config: Joint) -> Tensor:
+def _choose(menu: Menu | None, values: Tensor, price: Tensor) -> Tensor:
+    """Decisions of (B, M) or (B, K) logits of the policy, at (B, 1) prices of a menu's blocks."""
+    if menu is None:
+        return decisions_of(values, None)
+    return menu.sets[menu.at_price(values, price)]
+
+
+def _prices(menu: Menu | None, config: Joint) -> Tensor:
     """(1 + PRICES,) prices of a block: at the budget itself, and at budgets of the spread."""
+    if menu is None:
+        return torch.zeros(1 + PRICES)
     lowest, highest = config.budgets or (menu.usages[-1], menu.usages[0])
     budgets = torch.linspace(lowest, highest, PRICES).clamp(menu.usages[-1], menu.usages[0])
     return torch.tensor([menu.price(), *(menu.price(budget) for budget in budgets.tolist())])
@@ -155,19 +155,13 @@ def _draw(prices: Tensor, batch: int, spread: float, generator: torch.Generator)
 
 
 def _static_set(config: Joint, engine: bdf.Engine, dataset: Dataset) -> Tensor:
-    """(K,) bool: the best set of so many blocks, by greedy elimination on training images.
-
-    It is written beside the run's checkpoint, which is a bare backbone.
-    """
+    """(K,) bool: the best set of so many blocks, by greedy elimination on training images."""
     blocks = engine.config.num_blocks
     if not 0 <= config.static <= blocks:
         raise ValueError(f"static: expected 0 to {blocks} blocks, got {config.static}")
     some = dataset.train.subset(min(STATIC_LINE_IMAGES, len(dataset.train)), config.seed)
     batches = plain_batches(engine.backbone, some, EVALUATION_BATCH, config.workers)
     keep = cached_static_line(config.backbone, engine, list(batches)).sets[config.static]
-    config.out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(config.out / SET_FILE) as path:
-        path.write_text(json.dumps({"keep": keep.int().tolist()}) + "\n")
     print("runs blocks " + " ".join(str(int(block) + 1) for block in keep.nonzero()))
     return keep
 

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.policy import PolicyNetwork, decisions_of
 from blockdrop_fast.networks.resnet import ResNet
+
+AnyPolicy = PolicyNetwork | LookPolicy | FixedPolicy
 
 
 class Output(NamedTuple):
@@ -30,13 +33,13 @@ class BlockDrop(nn.Module):
     Args:
         backbone: whose blocks are kept or dropped.
         policy: a network of its own, which looks at the image, or a head that looks at what the
-            backbone's first blocks see.
+            backbone's first blocks see; or one that does not look at all.
 
     Raises:
         ValueError: the policy is one for another backbone.
     """
 
-    def __init__(self, backbone: ResNet, policy: PolicyNetwork | LookPolicy):
+    def __init__(self, backbone: ResNet, policy: AnyPolicy):
         super().__init__()
         if policy.num_blocks != backbone.num_blocks:
             raise ValueError(

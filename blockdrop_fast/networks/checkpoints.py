@@ -28,7 +28,8 @@ from blockdrop_fast.data.image_sets import (
     Normalization,
 )
 from blockdrop_fast.files import atomic_write
-from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.blockdrop import AnyPolicy, BlockDrop
+from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import PolicyNetwork
@@ -430,7 +431,7 @@ def _own_config(backbone: Tensors, metadata: Mapping, path: Path) -> ResNetConfi
     return _override(_infer_config(backbone, False, str(path)), stored, str(path))
 
 
-def load_policy(path: str | os.PathLike) -> PolicyNetwork | LookPolicy:
+def load_policy(path: str | os.PathLike) -> AnyPolicy:
     """Load the policy of one of our files or of the authors' ``.t7`` files.
 
     The authors' files of the curriculum stage hold nothing else; ``load`` takes those that
@@ -460,7 +461,7 @@ def _foreign_policy(content: Mapping, path: Path) -> PolicyNetwork:
     return PolicyNetwork(_build_network(config, tensors, where), input_pool)
 
 
-def _own_policy(tensors: Tensors, metadata: Mapping, path: Path) -> PolicyNetwork | LookPolicy:
+def _own_policy(tensors: Tensors, metadata: Mapping, path: Path) -> AnyPolicy:
     if metadata.get("policy") is None:
         raise CheckpointError(f"{path}: holds no policy network; use load_backbone")
     where = f"{path} (policy network)"
@@ -471,6 +472,8 @@ def _own_policy(tensors: Tensors, metadata: Mapping, path: Path) -> PolicyNetwor
         if "look" in stored:
             config = _own_config(_own_part(tensors, "backbone."), metadata, path)
             return _own_look(tensors, config, stored["look"], menu, where)
+        if "fixed" in stored:
+            return FixedPolicy(tensors["policy.keep"])
         part = _own_part(tensors, "policy.network.")
         config = _override(_infer_config(part, False, where), dict(stored["network"]), where)
         network = _build_network(config, part, where)
@@ -596,7 +599,9 @@ def save(model: BlockDrop | ResNet, path: str | os.PathLike) -> None:
         safetensors.torch.save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
 
 
-def _policy_metadata(policy: PolicyNetwork | LookPolicy) -> dict[str, Any]:
+def _policy_metadata(policy: AnyPolicy) -> dict[str, Any]:
+    if isinstance(policy, FixedPolicy):
+        return {"fixed": True}
     menu = policy.menu and {
         name: getattr(policy.menu, name) for name in ("prices", "usages", "budget")
     }

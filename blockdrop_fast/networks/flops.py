@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blockdrop_fast.decisions import check_decisions
 from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.look import LookPolicy, pooled_size
 from blockdrop_fast.networks.resnet import ProjectionShortcut, ResNet
 
@@ -70,6 +71,8 @@ def fixed_flops(model: BlockDrop | ResNet, image_size: ImageSize | None = None) 
 
 def _policy_flops(model: BlockDrop, image_size: ImageSize | None) -> int:
     policy, size = model.policy, _size(model.backbone, image_size)
+    if isinstance(policy, FixedPolicy):
+        return 0
     if isinstance(policy, LookPolicy):
         # The first segment has the size that the stem gives.
         size, flops = pooled_size(_stem(model.backbone, size)[1]), 0

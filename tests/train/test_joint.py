@@ -11,7 +11,7 @@ from blockdrop_fast.networks.menu import Menu
 from tests.random_networks import CIFAR, make_network
 from train.config import Joint
 from train.expert import outcomes
-from train.joint import SET_FILE, _draw, _prices, joint
+from train.joint import _draw, _prices, joint
 
 FEW = {"limit": 300, "batch_size": 32, "threads": 1, "held_out": 100, "epochs": 1}
 SETS = torch.tensor([[1, 0, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
@@ -57,16 +57,16 @@ def test_the_backbone_learns_and_the_policy_only_if_asked(model_file, tmp_path, 
 
 def test_the_control_trains_one_set(backbone_file, tmp_path):
     joint(Joint(backbone=backbone_file, static=3, out=tmp_path / "run", **FEW))
-    keep = json.loads((tmp_path / "run" / SET_FILE).read_text())["keep"]
+    after = bdf.load(tmp_path / "run" / "model.safetensors")
+    keep = after.policy.keep.tolist()
     assert sum(keep) == 3
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())[-1]
     assert metrics["test_sparsity"] == metrics["train_sparsity"] == 3
     before = bdf.load_backbone(backbone_file)
-    after = bdf.load_backbone(tmp_path / "run" / "model.safetensors")
     trained = {
         k
         for k, ((block, _), (old, _)) in enumerate(
-            zip(after.blocks(), before.blocks(), strict=True)
+            zip(after.backbone.blocks(), before.blocks(), strict=True)
         )
         if changed(old.state_dict(), block)
     }
