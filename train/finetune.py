@@ -28,7 +28,15 @@ from train.loop import (
     sampling_generator,
     static_accuracies_of,
 )
-from train.reward import UsagePrice, check_estimator, explore, judge, policy_loss, samples_in
+from train.reward import (
+    Step,
+    UsagePrice,
+    check_estimator,
+    explore,
+    judge,
+    policy_loss,
+    samples_in,
+)
 
 
 def finetune(config: Finetune) -> None:
@@ -66,35 +74,25 @@ def finetune(config: Finetune) -> None:
         for images, labels in run.batches(dataset.train, epoch, config.batch_size):
             with autocast(config, device):
                 probabilities = model.policy.logits(images).float().sigmoid()
-                exploring, decisions = explore(probabilities, config, 0, generator)
-                if config.bn == "all":
-                    logits, tried = _masked_passes(model.backbone, images, decisions)
-                else:
-                    logits, tried = _engine_passes(engine, images, decisions, samples.start)
-                classification = F.cross_entropy(logits, labels)
-                if teacher is not None:
-                    classification = classification + config.distill * distillation_loss(
-                        logits, teacher(images.to(dtype)).logits.float(), config.temperature
-                    )
-            correct, rewards = judge(tried, labels, decisions, config)
-            paid = price.charge(rewards, decisions)
-            loss = policy_loss(probabilities, exploring, decisions, paid, config, 0)
-            loss = loss + classification
-            price.update(probabilities, 0)
+            step, classification = finetune_step(
+                probabilities, images, labels, config, generator, engine, price, teacher
+            )
             run.check_finite(
-                loss,
+                step.loss,
                 epoch=epoch,
                 cross_entropy=classification.item(),
                 lr=schedulers[0].get_last_lr()[0],
             )
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            step.loss.backward()
             for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
                 optimizer.step()
                 scheduler.step()
-            means.add_policy(decisions, correct, rewards, samples, cross_entropy=classification)
-            statistics.add(decisions[samples])
+            means.add_policy(
+                step.decisions, step.correct, step.rewards, samples, cross_entropy=classification
+            )
+            statistics.add(step.decisions[samples])
             if run.step % 20 == 0:
                 run.show(**means.items())
         metrics = {f"train_{name}": value for name, value in means.items().items()}
@@ -116,6 +114,47 @@ def finetune(config: Finetune) -> None:
             metrics |= evaluation_metrics(evaluation, config.penalty)
             metrics |= {"test_accuracy_all_blocks": full.accuracy}
         run.finish_epoch(epoch, metrics)
+
+
+def finetune_step(
+    probabilities: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    config: Finetune,
+    generator: torch.Generator,
+    engine: bdf.Engine,
+    price: UsagePrice,
+    teacher: bdf.Engine | None = None,
+) -> tuple[Step, Tensor]:
+    """A step's decisions, rewards and loss (Algorithm 1, lines 5 to 12 and 15).
+
+    Args:
+        probabilities: (B, K), the policy network's, with gradient.
+        images: (B, 3, H, W) normalised.
+        labels: (B,) int64.
+        engine: compiled from the backbone that is trained, in train mode.
+        price: of a usage target, which the step then moves; it is not in the step's rewards.
+        teacher: whose logits the sampled pass also learns to match.
+
+    Returns:
+        The step, whose loss has gradients to both networks, and what of it is the classification's.
+    """
+    exploring, decisions = explore(probabilities, config, 0, generator)
+    with autocast(config, images.device):
+        if config.bn == "all":
+            logits, tried = _masked_passes(engine.backbone, images, decisions)
+        else:
+            logits, tried = _engine_passes(engine, images, decisions, samples_in(config).start)
+        classification = F.cross_entropy(logits, labels)
+        if teacher is not None:
+            classification = classification + config.distill * distillation_loss(
+                logits, teacher(images.to(teacher.dtype)).logits.float(), config.temperature
+            )
+    correct, rewards = judge(tried, labels, decisions, config)
+    paid = price.charge(rewards, decisions)
+    loss = policy_loss(probabilities, exploring, decisions, paid, config, 0) + classification
+    price.update(probabilities, 0)
+    return Step(decisions, correct, rewards, loss), classification
 
 
 def _masked_passes(
