@@ -93,12 +93,20 @@ class Expert(Common):
 
     out: Path = Path("runs/expert")
     backbone: Path | None = None
-    """Backbone checkpoint (required), best one that bears dropping (pretrain --droppable)."""
+    """Backbone checkpoint, best one that bears dropping (pretrain --droppable); it or --model is
+    required."""
+    model: Path | None = None
+    """BlockDrop checkpoint whose backbone and menu to take, and whose policy to start from where it
+    looks at the same: fits a policy anew to a backbone that has changed."""
+    look: int | None = None
+    """Blocks, of the first segment, after which the policy looks at what the backbone sees, instead
+    of a network of its own that looks at the image; they always run. 0: such a network. Default:
+    as that of --model, else 0."""
     budget: float | None = None
-    """Mean kept blocks of the model where it is asked for none; default: half of them. Others can
-    be asked for at any time."""
+    """Mean kept blocks of the model where it is asked for none; default: that of --model, else half
+    of all. Others can be asked for at any time."""
     lowest: int | None = None
-    """Blocks of the menu's smallest set; default: a quarter."""
+    """Blocks of the menu's smallest set, not below --look; default: a quarter."""
     line_images: int = 1000
     """Training images to choose the menu on, by greedy elimination."""
     held_out: int = 5000

@@ -28,7 +28,14 @@ from train.loop import (
     sampling_generator,
     static_accuracies_of,
 )
-from train.reward import UsagePrice, check_estimator, curriculum_step, forced_blocks, samples_in
+from train.reward import (
+    UsagePrice,
+    check_estimator,
+    check_policy,
+    curriculum_step,
+    forced_blocks,
+    samples_in,
+)
 
 
 def curriculum(config: Curriculum) -> None:
@@ -103,6 +110,7 @@ def _make_model(config: Curriculum) -> bdf.BlockDrop:
         raise ValueError("policy and policy_init: expected one of them")
     if config.policy is not None:
         policy = load_policy(config.policy)
+        check_policy("policy", policy)
     elif backbone.config.stem == "cifar":
         policy = bdf.policy_resnet8(backbone.num_blocks)
     else:

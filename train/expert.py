@@ -1,11 +1,13 @@
 """Stage 2, another way: a policy network that learns from examples, for every budget.
 
     python -m train expert --preset quick --data DIR --backbone droppable.safetensors
+    python -m train expert --preset quick --data DIR --backbone droppable.safetensors --look 2
 
 The paper trains from rewards alone, as no expert examples are available. For a menu of block sets
 there are: one call of the engine says which of them the backbone is right with, for the price of an
 inference. The policy network learns to predict that, and an image gets the set that is worth its
-price (``blockdrop_fast/networks/menu.py``). Not in the paper.
+price (``blockdrop_fast/networks/menu.py``). With ``--look`` it is a small head on what the
+backbone's first blocks see (``blockdrop_fast/networks/look.py``). Not in the paper.
 """
 
 from __future__ import annotations
@@ -37,31 +39,40 @@ from train.loop import (
 )
 
 EXAMPLES_FILE = "examples.pt"
+Policy = bdf.PolicyNetwork | bdf.LookPolicy
 ROWS = 1024  # of activations that one call of the engine computes at most
 
 
 def expert(config: Expert) -> None:
     """Make examples, train a policy network on them, and find the price of each budget.
 
-    The policy network has an output a set of the menu, the logit of the backbone being right with
-    it, and while it trains a second head that tells the class.
+    The policy has an output a set of the menu, the logit of the backbone being right with it, and
+    while it trains a second last layer that tells the class. The backbone stays as it is.
 
     Raises:
         ValueError: options that do not fit the backbone or the data set.
     """
     check_out(config)  # before what an earlier run left there is written anew
     device, dataset = prepare(config)
-    backbone = _load_backbone(config).to(device, memory_format=torch.channels_last)
+    backbone, start = _load(config)
+    look = (0 if start is None else start.after) if config.look is None else config.look
+    backbone.to(device, memory_format=torch.channels_last)
     engine = bdf.compile(backbone, dtype=engine_dtype(config, device))
     held_out, train = split(dataset.train, config.held_out, config.seed)
-    examples = _make_examples(config, engine, train)
+    examples = _make_examples(config, engine, train, look, start)
     menu = Menu(examples["menu"])
-    trained = _WithClasses(_make_policy(config, backbone, menu), len(dataset.classes)).to(
-        device, memory_format=torch.channels_last
-    )
-    model = bdf.BlockDrop(backbone, trained.policy)
+    torch.manual_seed(config.seed)
+    if start is not None and start.after == look:
+        policy = start
+    else:
+        policy = _make_policy(backbone, look, menu)
+    model = bdf.BlockDrop(backbone, policy)
+    trained = _WithClasses(model, len(dataset.classes))
+    trained.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
-        trained.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        [*policy.parameters(), *trained.classes.parameters()],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
     )
     steps = max(1, len(train) // config.batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
@@ -70,11 +81,13 @@ def expert(config: Expert) -> None:
     run = Run(config, model, [optimizer], [scheduler, trained.classes])
     engine = bdf.compile(model, dtype=engine_dtype(config, device))
     right, labels = examples["right"].to(device), train.labels.to(device)
-    budget = backbone.num_blocks / 2 if config.budget is None else config.budget
+    budget = config.budget
+    if budget is None:
+        budget = backbone.num_blocks / 2 if start is None else start.menu.budget
     static = None
     for epoch in run.epochs():
         means = Means()
-        trained.train()
+        policy.train()
         for images, numbers in run.batches(train, epoch, config.batch_size, numbered=True):
             with autocast(config, device):
                 value, classes = trained(images)
@@ -99,7 +112,11 @@ def expert(config: Expert) -> None:
             engine.refresh()
             if static is None:
                 static = static_accuracies_of(
-                    config.backbone, engine, dataset, config.static_images, config.workers
+                    config.model or config.backbone,
+                    engine,
+                    dataset,
+                    config.static_images,
+                    config.workers,
                 )
             evaluation = evaluate_test(
                 engine, dataset, config.workers, None, config.routing_images, static
@@ -109,21 +126,21 @@ def expert(config: Expert) -> None:
 
 
 class _WithClasses(nn.Module):
-    """A policy network, and a second head on its features that tells the class."""
+    """A model, and a second last layer of its policy that tells the class."""
 
-    def __init__(self, policy: bdf.PolicyNetwork, num_classes: int):
+    def __init__(self, model: bdf.BlockDrop, num_classes: int):
         super().__init__()
-        self.policy = policy
-        self.classes = nn.Linear(policy.network.fc.in_features, num_classes)
+        self.model = model
+        self.classes = nn.Linear(model.policy.fc.in_features, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> (B, M) logits of being right, (B, num_classes) logits of the class."""
         features: list[Tensor] = []
-        hook = self.policy.network.fc.register_forward_pre_hook(
+        hook = self.model.policy.fc.register_forward_pre_hook(
             lambda _, inputs: features.append(inputs[0])
         )
         try:
-            value = self.policy.logits(images)
+            value = self.model.policy_logits(images)
         finally:
             hook.remove()
         return value, self.classes(features[0])
@@ -187,19 +204,20 @@ def outcomes(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _make_examples(
-    config: Expert, engine: bdf.Engine, train: ImageSet | ImageFolder
+    config: Expert,
+    engine: bdf.Engine,
+    train: ImageSet | ImageFolder,
+    look: int,
+    start: Policy | None,
 ) -> dict[str, Tensor]:
     """The menu and what is right with it; from the run's folder if it is there already."""
     path = config.out / EXAMPLES_FILE
     if config.resume and path.exists():
         return torch.load(path, weights_only=True)
-    num_blocks = engine.config.num_blocks
-    lowest = num_blocks // 4 if config.lowest is None else config.lowest
-    if not 0 <= lowest <= num_blocks:
-        raise ValueError(f"lowest: expected 0 to {num_blocks}, got {lowest}")
-    looked_at = train.subset(min(config.line_images, len(train)), config.seed)
-    batches = plain_batches(engine.backbone, looked_at, EVALUATION_BATCH, config.workers)
-    menu = static_line(engine, list(batches)).sets[lowest:]
+    if start is not None:
+        menu = start.menu.sets.cpu()
+    else:
+        menu = _find_menu(config, engine, train, look)
     examples = {"menu": menu, "right": make_examples(engine, train, menu, config.workers)}
     for kept, share in zip(menu.sum(1).tolist(), examples["right"].mean(0).tolist(), strict=True):
         print(f"examples: {kept} blocks, right {100 * share:.1f} %")
@@ -209,28 +227,60 @@ def _make_examples(
     return examples
 
 
+def _find_menu(
+    config: Expert, engine: bdf.Engine, train: ImageSet | ImageFolder, look: int
+) -> Tensor:
+    """(M, K) bool: the static line, down to the smallest set, all with what always runs."""
+    num_blocks = engine.config.num_blocks
+    lowest = max(look, num_blocks // 4) if config.lowest is None else config.lowest
+    if not look <= lowest <= num_blocks:
+        raise ValueError(f"lowest: expected {look} to {num_blocks}, got {lowest}")
+    looked_at = train.subset(min(config.line_images, len(train)), config.seed)
+    batches = plain_batches(engine.backbone, looked_at, EVALUATION_BATCH, config.workers)
+    return static_line(engine, list(batches), keep_first=look).sets[lowest:]
+
+
 @torch.no_grad()
 def calibrate(
     model: bdf.BlockDrop, held_out: ImageSet | ImageFolder, budget: float | None, workers: int
 ) -> None:
-    """Find the prices of budgets on images that the policy network was not trained on.
+    """Find the prices of budgets on images that the policy was not trained on.
 
     Args:
         budget: becomes the menu's own; None: it keeps the one that it has.
     """
-    policy = copy.deepcopy(model.policy).eval()
+    frozen = copy.deepcopy(model).eval()
     batches = plain_batches(model, held_out, EVALUATION_BATCH, workers)
-    model.policy.menu.calibrate(torch.cat([policy.logits(images) for images, _ in batches]), budget)
+    logits = torch.cat([frozen.policy_logits(images) for images, _ in batches])
+    model.policy.menu.calibrate(logits, budget)
 
 
-def _load_backbone(config: Expert) -> bdf.ResNet:
-    if config.backbone is None:
-        raise ValueError("backbone: a backbone checkpoint is required")
-    return bdf.load_backbone(config.backbone).eval().requires_grad_(False)
+def _load(config: Expert) -> tuple[bdf.ResNet, Policy | None]:
+    """The backbone, frozen, and the policy to start from, if there is one."""
+    if (config.backbone is None) == (config.model is None):
+        raise ValueError("backbone and model: expected one of the two checkpoints")
+    if config.model is None:
+        backbone, policy = bdf.load_backbone(config.backbone), None
+    else:
+        if config.lowest is not None:
+            raise ValueError("lowest: the menu is that of --model, expected none")
+        model = bdf.load(config.model)
+        backbone, policy = model.backbone, model.policy
+        if policy.menu is None:
+            raise ValueError(f"model: the policy of {config.model} has no menu to take")
+    layers = backbone.config.layers[0]
+    if config.look is not None and not 0 <= config.look <= layers:
+        raise ValueError(
+            f"look: expected 0 to {layers}, the blocks of the first segment, got {config.look}"
+        )
+    if policy is not None and not policy.menu.sets[:, : config.look or 0].all():
+        raise ValueError(f"look: the menu of {config.model} drops one of blocks 1 to {config.look}")
+    return backbone.eval().requires_grad_(False), policy
 
 
-def _make_policy(config: Expert, backbone: bdf.ResNet, menu: Menu) -> bdf.PolicyNetwork:
-    torch.manual_seed(config.seed)
+def _make_policy(backbone: bdf.ResNet, look: int, menu: Menu) -> Policy:
+    if look:
+        return bdf.LookPolicy(backbone.config, look, menu)
     make = bdf.policy_resnet8 if backbone.config.stem == "cifar" else bdf.policy_resnet10
     plain = make(len(menu.sets))
     return bdf.PolicyNetwork(plain.network, plain.input_pool, menu)

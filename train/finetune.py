@@ -32,6 +32,7 @@ from train.reward import (
     Step,
     UsagePrice,
     check_estimator,
+    check_policy,
     explore,
     judge,
     policy_loss,
@@ -209,4 +210,6 @@ def _load_model(config: Finetune) -> bdf.BlockDrop:
             f"samples: got {config.samples}, but --bn all is the authors' procedure, where every "
             "pass updates the batch-norm statistics: it takes 1 (or use --bn active)"
         )
-    return bdf.load(config.model).requires_grad_(True)
+    model = bdf.load(config.model).requires_grad_(True)
+    check_policy("model", model.policy)
+    return model

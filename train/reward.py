@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import blockdrop_fast as bdf
 from train.config import Curriculum, Finetune, Policy
@@ -287,6 +287,19 @@ def check_estimator(config: Policy) -> None:
         raise ValueError(
             "flips: expected at least 1, and --estimator flips, got "
             f"{config.flips} and {config.estimator!r}"
+        )
+
+
+def check_policy(name: str, policy: nn.Module) -> None:
+    """Refuse a policy whose logits are not those of K independent blocks, all open to choice.
+
+    Raises:
+        ValueError: naming the option ``name``.
+    """
+    if not isinstance(policy, bdf.PolicyNetwork) or policy.menu is not None:
+        raise ValueError(
+            f"{name}: expected a policy network that decides block by block, got a "
+            f"{type(policy).__name__} {'without' if policy.menu is None else 'with'} a menu"
         )
 
 

@@ -77,7 +77,7 @@ def default_images(num_blocks: int) -> int:
     return 2000 if num_blocks <= 27 else 500
 
 
-def static_line(engine: Engine, batches: Sequence[Batch]) -> StaticLine:
+def static_line(engine: Engine, batches: Sequence[Batch], keep_first: int = 0) -> StaticLine:
     """Drop the blocks one by one, each time that without which the cross entropy is lowest.
 
     Each step is one call a batch for all candidates, which share their prefixes: about K^3 / 6
@@ -87,6 +87,8 @@ def static_line(engine: Engine, batches: Sequence[Batch]) -> StaticLine:
         engine: whose backbone is meant.
         batches: of (images (B, 3, H, W) normalised, labels (B,) int64), not augmented; passed
             over K + 1 times.
+        keep_first: so many first blocks are dropped after all others. Not for
+            ``cached_static_line``, whose files hold lines that any block may leave at any time.
 
     Raises:
         ValueError: no images.
@@ -98,6 +100,8 @@ def static_line(engine: Engine, batches: Sequence[Batch]) -> StaticLine:
     sets, losses = [current], [_means(engine, batches, current, _cross_entropy)]
     while current.any():
         candidates = without_one(current[0])
+        if current[0, keep_first:].any():
+            candidates = candidates[candidates[:, :keep_first].all(1)]
         loss = _means(engine, batches, candidates, _cross_entropy)
         best = loss.argmin()
         current = candidates[best, None]

@@ -47,6 +47,11 @@ class PolicyNetwork(nn.Module):
         """K, the number of blocks that this policy decides on."""
         return self.network.config.num_classes if self.menu is None else self.menu.num_blocks
 
+    @property
+    def fc(self) -> nn.Linear:
+        """The last layer, an output a block or a set."""
+        return self.network.fc
+
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images -> (B, K) logits of keeping each block.
 

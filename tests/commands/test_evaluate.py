@@ -12,7 +12,7 @@ from blockdrop_fast.data.batches import batches_of, load_digits
 from blockdrop_fast.data.image_sets import Normalization
 from blockdrop_fast.networks.checkpoints import load_any
 from tests.networks.state_dicts import authors_keys, authors_policy_keys
-from tests.random_networks import keep_half, make_menu_policy
+from tests.random_networks import keep_half, make_look_model, make_menu_policy
 
 NORMALIZATION = Normalization(mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
 
@@ -98,6 +98,33 @@ def test_policy_on_digits(model, checkpoint, tmp_path, capsys):
         str(checkpoint),
     ):
         assert text in printed
+
+
+def test_policy_that_looks(tmp_path):
+    """Decisions and FLOPs of a head on the backbone, at its own budget and at others."""
+    sets = torch.ones(3, 5).bool()
+    sets[0, 2:] = sets[1, 4] = False
+    model, _ = make_look_model(after=2, sets=sets)
+    model.backbone.normalization = NORMALIZATION
+    images, labels = digits()
+    with torch.no_grad():
+        model.policy.menu.calibrate(model.policy_logits(images), 3.5)
+    bdf.save(model, tmp_path / "model.safetensors")
+    options = ("--json", tmp_path / "result.json", "--shuffles", 0)
+    assert evaluate(tmp_path / "model.safetensors", *options) == 0
+    found = [json.loads((tmp_path / "result.json").read_text())]
+    assert evaluate(tmp_path / "model.safetensors", *options, "--budget", 2.5, 4.5) == 0
+    found += json.loads((tmp_path / "result.json").read_text())["curve"]
+    for result, budget in zip(found, (None, 2.5, 4.5), strict=True):
+        with torch.no_grad():
+            logits, decisions = model(images, budget)
+        assert result["flops"] == pytest.approx(float(bdf.flops(model, decisions).mean()), rel=1e-3)
+        usage = float(decisions.sum(1).double().mean())
+        assert usage == pytest.approx(budget or 3.5, abs=0.1)
+        assert result["block_usage"] == pytest.approx(usage, abs=0.01)
+        assert result["accuracy"] == pytest.approx(
+            float((logits.argmax(1) == labels).double().mean()), abs=1.5 / len(labels)
+        )
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from blockdrop_fast.commands import cli
 from blockdrop_fast.commands.visualize import Results, choose_examples, draw
 from blockdrop_fast.data.batches import batches_of, load_digits
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
+from tests.random_networks import make_look_model
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,14 @@ def test_writes_a_picture(checkpoint, tmp_path, capsys):
     assert "of 3 blocks" in printed
     assert str(out) in printed
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_policy_that_looks(tmp_path, capsys):
+    bdf.save(make_look_model()[0], tmp_path / "model.safetensors")
+    out = tmp_path / "figure.png"
+    assert visualize(tmp_path / "model.safetensors", "--out", out, "--limit", 60) == 0
+    assert "of 5 blocks" in capsys.readouterr().out
+    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -68,6 +68,18 @@ def test_each_step_is_the_best_of_all(engine, batches, line, monkeypatch):
     assert torch.equal(static_line(engine, batches).sets, line.sets)
 
 
+def test_first_blocks_can_be_kept_for_longest(engine, batches, line):
+    assert set(line.order[:4]) & {0, 1}  # the unrestricted line drops one of them earlier
+    restricted = static_line(engine, batches, keep_first=2)
+    assert sorted(restricted.order[-2:]) == [0, 1]
+    assert restricted.sets.sum(1).tolist() == list(range(7))
+    later = [blocks for blocks in without_one(torch.ones(6).bool()) if blocks[:2].all()]
+    losses = [loss_of(engine, batches, blocks) for blocks in later]
+    assert torch.equal(restricted.sets[5], later[losses.index(min(losses))])
+    again = StaticLine.from_dict(json.loads(json.dumps(restricted.to_dict())))
+    assert torch.equal(again.sets, restricted.sets)
+
+
 def test_accuracy_of_each_set(engine, batches, line):
     accuracies = set_accuracies(engine, batches, line.sets)
     for blocks, accuracy in zip(line.sets, accuracies, strict=True):

@@ -8,7 +8,7 @@ import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import batches_of, load_digits
-from tests.random_networks import CIFAR, make_network
+from tests.random_networks import CIFAR, make_look_model, make_network
 from train.config import Expert, Pretrain
 from train.expert import EXAMPLES_FILE, expert, make_examples, split
 from train.pretrain import pretrain
@@ -59,6 +59,14 @@ def trained(config):
     return config.out
 
 
+@pytest.fixture(scope="module")
+def looking(config, tmp_path_factory):
+    """The same, by a policy that looks at what the second block gives."""
+    out = tmp_path_factory.mktemp("looking")
+    expert(replace(config, look=2, lowest=2, out=out))
+    return out
+
+
 def test_numbered_batches(digits):
     for augment in (False, True):
         plain, numbered = (
@@ -97,8 +105,9 @@ def test_examples_are_what_the_backbone_does(digits):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_learns_to_tell_images_apart(trained):
+@pytest.mark.parametrize("policy", ["trained", "looking"])
+def test_learns_to_tell_images_apart(policy, request):
+    trained = request.getfixturevalue(policy)
     history = json.loads((trained / "metrics.json").read_text())
     assert history[-1]["train_value_loss"] < history[0]["train_value_loss"]
     assert history[-1]["train_class_accuracy"] > history[0]["train_class_accuracy"] > 0.1
@@ -106,13 +115,39 @@ def test_learns_to_tell_images_apart(trained):
     assert model.policy.menu.budget == 3.0
     engine, test = bdf.compile(model), load_digits().test
     images, _ = next(batches_of(test, len(test), normalization=model.backbone.normalization))
-    usages = [engine.decide(images, budget).sum(1).float().mean() for budget in (2.0, None, 5.0)]
+    usages = [engine.decide(images, budget).sum(1).float().mean() for budget in (2.5, None, 5.0)]
     assert usages[0] < usages[1] < usages[2]
     assert abs(usages[1] - 3.0) < 1
     assert len(engine.decide(images).unique(dim=0)) > 1
 
 
 @pytest.mark.slow
+def test_looks_at_a_frozen_backbone(backbone, looking):
+    model, before = bdf.load(looking / "model.safetensors"), bdf.load_backbone(backbone)
+    assert (model.policy.after, model.policy.menu.sets[:, :2].all()) == (2, True)
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_fits_the_policy_of_a_model_anew(config, looking, tmp_path, capsys):
+    model = looking / "model.safetensors"
+    again = replace(config, backbone=None, model=model, lowest=None, budget=None, epochs=1)
+    expert(replace(again, lr=1e-9, weight_decay=0.0, out=tmp_path / "same"))
+    expert(replace(again, look=1, out=tmp_path / "earlier"))
+    expert(replace(again, look=0, out=tmp_path / "network"))
+    before, same, earlier, network = (
+        bdf.load(folder / "model.safetensors")
+        for folder in (looking, *(tmp_path / name for name in ("same", "earlier", "network")))
+    )
+    for other in (same, earlier, network):
+        assert torch.equal(other.policy.menu.sets, before.policy.menu.sets)
+        assert other.policy.menu.budget == 3.0
+    assert (same.policy.after, earlier.policy.after, network.policy.after) == (2, 1, 0)
+    torch.testing.assert_close(same.policy.fc.weight, before.policy.fc.weight)
+    assert not torch.allclose(earlier.policy.fc.weight, before.policy.fc.weight)
+
+
 @pytest.mark.slow
 def test_resumes_to_the_same(config, trained, tmp_path):
     examples = trained / EXAMPLES_FILE
@@ -144,12 +179,13 @@ def test_resumes_to_the_same(config, trained, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": None}, "backbone: a backbone checkpoint is required"),
+        ({"backbone": None}, "backbone and model: expected one of the two checkpoints"),
         ({"lowest": 9}, "lowest: expected 0 to 6, got 9"),
+        ({"lowest": 1, "look": 2}, "lowest: expected 2 to 6, got 1"),
+        ({"look": 3}, "look: expected 0 to 2, the blocks of the first segment, got 3"),
         ({"held_out": 400}, "held_out: expected 1 to 399, got 400"),
         ({"budget": 7.0}, "budget: expected from .* to .* blocks, got 7"),
     ],
@@ -157,3 +193,25 @@ def test_resumes_to_the_same(config, trained, tmp_path):
 def test_refuses(config, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         expert(replace(config, out=tmp_path, epochs=1, limit=400, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "backbone.safetensors"}, "backbone and model: expected one of the two"),
+        ({"lowest": 2}, "lowest: the menu is that of --model, expected none"),
+        ({"look": 2}, "look: the menu of .* drops one of blocks 1 to 2"),
+    ],
+)
+def test_refuses_beside_a_model(tmp_path, options, message):
+    model, _ = make_look_model(after=1, sets=SETS[1:])
+    bdf.save(model, tmp_path / "model.safetensors")
+    config = Expert(model=tmp_path / "model.safetensors", out=tmp_path / "run", **FEW)
+    with pytest.raises(ValueError, match=message):
+        expert(replace(config, **options))
+
+
+def test_refuses_a_model_without_a_menu(tmp_path):
+    bdf.save(make_look_model()[0], tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model: the policy of .* has no menu to take"):
+        expert(Expert(model=tmp_path / "model.safetensors", out=tmp_path / "run", **FEW))

@@ -8,7 +8,7 @@ import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.networks.menu import Menu
-from tests.random_networks import CIFAR, make_network
+from tests.random_networks import CIFAR, make_look_model, make_network
 from train.config import Joint
 from train.expert import outcomes
 from train.joint import _draw, _prices, joint
@@ -41,6 +41,20 @@ def backbone_file(tmp_path_factory):
 
 def changed(before, after):
     return {name for name, value in after.state_dict().items() if (before[name] != value).any()}
+
+
+def test_a_policy_that_looks(tmp_path):
+    """Its loss reaches the blocks that it looks at, and prices follow the backbone."""
+    model, _ = make_look_model(sets=SETS)
+    model.backbone.normalization = NORMALIZED
+    path = tmp_path / "model.safetensors"
+    bdf.save(model, path)
+    joint(Joint(model=path, budget=2.5, policy_lr=0.01, out=tmp_path / "run", **FEW))
+    after = bdf.load(tmp_path / "run" / "model.safetensors")
+    names = changed(model.state_dict(), after)
+    assert {"policy.fc.weight", "backbone.segments.0.0.conv1.weight"} <= names
+    assert after.policy.after == 1
+    assert after.policy.menu.budget == 2.5
 
 
 @pytest.mark.parametrize("policy_lr", [0.0, 0.01], ids=["frozen", "learning"])

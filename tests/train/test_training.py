@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import blockdrop_fast as bdf
+from tests.random_networks import make_look_model
 from train import curriculum as curriculum_module
 from train import demo as demo_module
 from train import finetune as finetune_module
@@ -239,6 +240,19 @@ def test_options_that_an_estimator_cannot_take(with_policy, tmp_path, options, n
     config = Finetune(model=with_policy / "model.safetensors", out=tmp_path, **FEW, **options)
     with pytest.raises(ValueError, match=f"^{named}: "):
         finetune(config)
+
+
+@pytest.mark.parametrize("sets", [None, torch.ones(1, 5).bool()], ids=["looks", "menu"])
+def test_policies_that_do_not_decide_block_by_block(sets, tmp_path):
+    model, _ = make_look_model(sets=sets)
+    path = tmp_path / "model.safetensors"
+    bdf.save(model, path)
+    with pytest.raises(
+        ValueError, match=r"^model: expected a policy network that decides block by"
+    ):
+        finetune(Finetune(model=path, out=tmp_path / "run", **FEW))
+    with pytest.raises(ValueError, match=r"^policy: expected a policy network that decides block"):
+        curriculum(Curriculum(backbone=path, policy=path, out=tmp_path / "run", **FEW))
 
 
 def test_finetune_of_the_authors_takes_one_sample(with_policy, tmp_path):
