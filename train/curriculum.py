@@ -12,6 +12,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 import blockdrop_fast as bdf
 from blockdrop_fast.networks.checkpoints import init_policy_from_resnet18, load_policy
@@ -29,6 +30,7 @@ from train.loop import (
     static_accuracies_of,
 )
 from train.reward import (
+    Step,
     UsagePrice,
     check_estimator,
     check_policy,
@@ -46,7 +48,7 @@ def curriculum(config: Curriculum) -> None:
     decisions share, the forced-on prefix above all, once.
     """
     device, dataset = prepare(config)
-    model = _make_model(config).to(device, memory_format=torch.channels_last)
+    model = make_model(config).to(device, memory_format=torch.channels_last)
     num_blocks, samples = model.backbone.num_blocks, samples_in(config)
     optimizer = torch.optim.Adam(
         model.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
@@ -62,13 +64,7 @@ def curriculum(config: Curriculum) -> None:
         generator = sampling_generator(config.seed, epoch, device)
         model.policy.train()
         for images, labels in run.batches(dataset.train, epoch, config.batch_size):
-            with autocast(config, device):
-                logits = model.policy.logits(images)
-            probabilities = logits.float().sigmoid()
-            rewarded = partial(engine.run_sets, images.to(engine.dtype))
-            step = curriculum_step(
-                probabilities, labels, config, forced, generator, rewarded, price
-            )
+            step = train_step(engine, images, labels, config, forced, generator, price)
             run.check_finite(step.loss, epoch=epoch, reward=step.rewards.mean().item())
             optimizer.zero_grad(set_to_none=True)
             step.loss.backward()
@@ -84,7 +80,7 @@ def curriculum(config: Curriculum) -> None:
         if run.due(epoch, config.evaluate_every):
             engine.refresh()
 
-            def decide(images: torch.Tensor, forced: int = forced) -> torch.Tensor:
+            def decide(images: Tensor, forced: int = forced) -> Tensor:
                 decisions = bdf.decide(engine.probabilities(images))
                 decisions[:, :forced] = True
                 return decisions
@@ -100,7 +96,33 @@ def curriculum(config: Curriculum) -> None:
         run.finish_epoch(epoch, metrics)
 
 
-def _make_model(config: Curriculum) -> bdf.BlockDrop:
+def train_step(
+    engine: bdf.Engine,
+    images: Tensor,
+    labels: Tensor,
+    config: Curriculum,
+    forced: int,
+    generator: torch.Generator,
+    price: UsagePrice | None = None,
+) -> Step:
+    """A step from (B, 3, H, W) normalised images on; see ``curriculum_step``.
+
+    Args:
+        engine: compiled from the model whose policy network is trained; its backbone is frozen.
+    """
+    with autocast(config, images.device):
+        logits = engine.model.policy.logits(images)
+    probabilities = logits.float().sigmoid()
+    rewarded = partial(engine.run_sets, images.to(engine.dtype))
+    return curriculum_step(probabilities, labels, config, forced, generator, rewarded, price)
+
+
+def make_model(config: Curriculum) -> bdf.BlockDrop:
+    """Backbone, frozen and in eval mode, and the policy network to start from.
+
+    Raises:
+        ValueError: naming the option that is missing or cannot be.
+    """
     check_estimator(config)
     if config.backbone is None:
         raise ValueError("backbone: a backbone checkpoint is required")

@@ -111,20 +111,7 @@ class Run:
         numbered: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled, augmented training batches under a progress bar; a function of the epoch."""
-        batches = batches_of(
-            image_set,
-            batch_size,
-            shuffle=True,
-            augment=True,
-            normalization=normalization_of(self.model),
-            seed=self.config.seed,
-            epoch=epoch,
-            device=device_of(self.model),
-            drop_last=len(image_set) >= batch_size,
-            memory_format=torch.channels_last,
-            workers=self.config.workers,
-            numbered=numbered,
-        )
+        batches = training_batches(self.model, image_set, self.config, epoch, batch_size, numbered)
         self._bar = tqdm(
             batches, desc=f"epoch {epoch}/{self.config.epochs}", unit="step", mininterval=5
         )
@@ -378,6 +365,31 @@ def static_accuracies_of(
 
     line = cached_static_line(checkpoint, engine, list(batches(some)))
     return cached_accuracies(checkpoint, engine, line, lambda: batches(dataset.test))
+
+
+def training_batches(
+    model: nn.Module,
+    image_set: ImageSet | ImageFolder,
+    config: Common,
+    epoch: int,
+    batch_size: int,
+    numbered: bool = False,
+) -> Batches:
+    """A split shuffled and augmented, a function of seed and epoch, as the model takes it."""
+    return batches_of(
+        image_set,
+        batch_size,
+        shuffle=True,
+        augment=True,
+        normalization=normalization_of(model),
+        seed=config.seed,
+        epoch=epoch,
+        device=device_of(model),
+        drop_last=len(image_set) >= batch_size,
+        memory_format=torch.channels_last,
+        workers=config.workers,
+        numbered=numbered,
+    )
 
 
 def plain_batches(
