@@ -107,6 +107,9 @@ class Expert(Common):
     of all. Others can be asked for at any time."""
     lowest: int | None = None
     """Blocks of the menu's smallest set, not below --look; default: a quarter."""
+    sets: int = 12
+    """Sets of the menu, at most; more of them small than large. An image's examples cost a forward
+    of each."""
     line_images: int = 1000
     """Training images to choose the menu on, by greedy elimination."""
     held_out: int = 5000
@@ -279,15 +282,37 @@ class Heuristics(Common):
 
 
 @dataclass(frozen=True)
+class Recipe(Common):
+    """All stages of a recipe in a row."""
+
+    out: Path = Path("runs/recipe")
+    recipe: Literal["paper", "quick", "R101"] = "paper"
+    """The stages and their options; a preset takes its own."""
+    arch: str | None = None
+    """See pretrain; default: the preset's."""
+    init: Path | None = None
+    """Backbone checkpoint to start from; its file then tells the architecture."""
+    budget: float | None = None
+    """Mean kept blocks of the model and of its control (quick); default: half of them."""
+    look: int = 0
+    """The policy looks at the backbone's features after this block, see expert (quick)."""
+    control: bool = True
+    """Also train the best static set of as many blocks, and say which is ahead (quick)."""
+    epochs: int | None = None
+    """Of every stage; default: the preset's."""
+    static_images: int | None = None
+    """See expert."""
+
+
+@dataclass(frozen=True)
 class Demo(Common):
-    """All three stages, small, on the embedded digits, and the measured latency."""
+    """The recipe quick, small, on the embedded digits, and the measured latency."""
 
     out: Path = Path("demo_output")
-    pretrain_epochs: int = 12
-    curriculum_epochs: int = 30
-    finetune_epochs: int = 15
-    penalty: float = 2.0
-    """gamma of the finetuning."""
+    epochs: int | None = None
+    """Of every stage; default: from 5 to 20."""
+    budget: float = 6.0
+    """Mean kept blocks of 15."""
     batches: tuple[int, ...] = (1, 64)
     """Batch sizes to time."""
 
@@ -299,6 +324,7 @@ STAGES = {
     "curriculum": Curriculum,
     "finetune": Finetune,
     "heuristics": Heuristics,
+    "recipe": Recipe,
     "demo": Demo,
 }
 
@@ -331,5 +357,21 @@ QUICK = PAPER | {
         bn="active",
     ),
 }
+
+# Recipe -> its stages in order (train/recipe.py says what each takes from the earlier ones).
+RECIPES: dict[str, dict[str, Common]] = {
+    "paper": {stage: PAPER[stage] for stage in ("pretrain", "curriculum", "finetune")},
+    "R101": {stage: R101[stage] for stage in ("pretrain", "curriculum", "finetune")},
+    "quick": {
+        "pretrain": QUICK["pretrain"],
+        "droppable": Pretrain(droppable=True, epochs=8, lr=0.05),
+        "expert": QUICK["expert"],
+        "joint": QUICK["joint"],
+        "refit": Expert(epochs=3),
+        "control": QUICK["joint"],
+    },
+}
+QUICK |= {"recipe": Recipe(recipe="quick")}
+R101 |= {"recipe": Recipe(recipe="R101")}
 
 PRESETS = {"paper": PAPER, "quick": QUICK, "R101": R101}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import matplotlib
@@ -18,18 +18,15 @@ from blockdrop_fast.machine import machine_info
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure.contenders import measure
 from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.measure.workload import load_workload
-from train.config import Curriculum, Demo, Finetune, Pretrain
-from train.curriculum import curriculum
-from train.finetune import finetune
-from train.loop import MODEL_FILE, STATE_FILE, evaluate_test, prepare, static_accuracies_of
-from train.pretrain import pretrain
+from train.config import Common, Demo, Expert, Joint, Pretrain, Recipe
+from train.loop import prepare
+from train.recipe import evaluate_stages, format_verdict, run_stages, stages_of
 
 # To choose the sets of the static line on.
 STATIC_IMAGES = 300
@@ -59,39 +56,22 @@ class Line:
 
 
 def demo(config: Demo) -> None:
-    """Pretrain, curriculum, finetune; then accuracy, blocks, FLOPs and measured latency.
+    """The recipe ``quick``, small; then accuracy, blocks, FLOPs and measured latency.
 
     Stages that are complete in ``config.out`` are not run again; one that was interrupted
     continues where it was.
     """
     started = time.monotonic()
     _, dataset = prepare(config)
-    stages = _stages(config)
-    for name, (run, stage) in stages.items():
-        if _complete(stage):
-            print(f"{name}: complete in {stage.out}")
-            continue
-        print(f"{name}: {stage.epochs} epochs, {stage.out}")
-        run(replace(stage, resume=(stage.out / STATE_FILE).exists()))
+    recipe = _recipe(config)
+    stages = stages_of(recipe, _presets())
+    run_stages(stages)
     trained = time.monotonic() - started
-    full = bdf.compile(bdf.load_backbone(stages["pretrain"][1].out / MODEL_FILE))
-    checkpoint = stages["finetune"][1].out / MODEL_FILE
-    model = bdf.compile(bdf.load(checkpoint))
-    evaluations = {
-        FULL: evaluate_test(full, dataset, config.workers),
-        OURS: evaluate_test(
-            model,
-            dataset,
-            config.workers,
-            routing_images=config.routing_images,
-            static_accuracies=static_accuracies_of(
-                checkpoint, model, dataset, STATIC_IMAGES, config.workers
-            ),
-        ),
-    }
+    results = evaluate_stages(recipe, stages)
+    evaluations = {FULL: results["full network"], OURS: results["BlockDrop"]}
     evaluations |= {FULL_ENGINE: evaluations[FULL], AUTHORS: evaluations[OURS]}
-    lines, machine = _measure(config, checkpoint, model.strategy, evaluations)
-    print("\n" + format_lines(lines, dataset.name, evaluations[OURS]))
+    lines, machine = _measure(config, stages["refit"].checkpoint, evaluations)
+    print("\n" + format_lines(lines, dataset.name, results))
     figure = config.out / "demo.png"
     draw(lines, evaluations[OURS], dataset.name, figure)
     with atomic_write(config.out / "demo.json") as path:
@@ -111,62 +91,41 @@ def demo(config: Demo) -> None:
     )
 
 
-def _stages(config: Demo) -> dict:
-    """Name -> (function, its configuration) of the three stages, in order."""
-    common = {
-        "data": config.data,
-        "seed": config.seed,
-        "device": config.device,
-        "threads": config.threads,
-        "limit": config.limit,
-        "routing_images": config.routing_images,
-        "batch_size": 64,
-        "evaluate_every": 1000,
-        "checkpoint_every": 5,
-    }
-    out = config.out
-    first = Pretrain(out=out / "pretrain", epochs=config.pretrain_epochs, lr=0.1, **common)
-    second = Curriculum(
-        out=out / "curriculum",
-        backbone=out / "pretrain" / MODEL_FILE,
-        epochs=config.curriculum_epochs,
-        lr=1e-3,
-        samples=3,
-        estimator="leave_one_out",
-        static_images=STATIC_IMAGES,
-        **common,
-    )
-    third = Finetune(
-        out=out / "finetune",
-        model=out / "curriculum" / MODEL_FILE,
-        epochs=config.finetune_epochs,
-        lr=1e-3,
-        schedule="one_cycle",
-        alpha=0.95,
-        samples=3,
-        estimator="leave_one_out",
-        static_images=STATIC_IMAGES,
-        penalty=config.penalty,
-        bn="active",
-        **common,
-    )
+def _presets() -> dict[str, Common]:
+    """The stages of the recipe, small."""
+    same = {"batch_size": 64, "evaluate_every": 1000, "checkpoint_every": 5}
+    line = {"static_images": STATIC_IMAGES}
+    held_out = {"held_out": 250}
     return {
-        "pretrain": (pretrain, first),
-        "curriculum": (curriculum, second),
-        "finetune": (finetune, third),
+        "pretrain": Pretrain(epochs=12, lr=0.1, **same),
+        "droppable": Pretrain(
+            droppable=True, epochs=12, lr=0.1, chain_images=STATIC_IMAGES, chain_every=4, **same
+        ),
+        "expert": Expert(epochs=20, line_images=STATIC_IMAGES, **held_out, **line, **same),
+        "joint": Joint(epochs=10, **held_out, **line, **same),
+        "refit": Expert(epochs=5, **held_out, **line, **same),
+        "control": Joint(epochs=10, **held_out, **line, **same),
     }
 
 
-def _complete(stage: Pretrain | Curriculum | Finetune) -> bool:
-    path = stage.out / STATE_FILE
-    return path.exists() and torch.load(path, weights_only=True)["epoch"] >= stage.epochs
+def _recipe(config: Demo) -> Recipe:
+    names = [field.name for field in fields(Common) if field.name not in ("out", "resume")]
+    return Recipe(
+        **{name: getattr(config, name) for name in names},
+        out=config.out,
+        recipe="quick",
+        epochs=config.epochs,
+        budget=config.budget,
+        static_images=STATIC_IMAGES,
+    )
 
 
 def _measure(
-    config: Demo, checkpoint: Path, strategy: str, evaluations: dict[str, Evaluation]
+    config: Demo, checkpoint: Path, evaluations: dict[str, Evaluation]
 ) -> tuple[list[Line], dict]:
     """Time the contenders, right logits first, on test images at the policy's decisions."""
     workload = load_workload(checkpoint, max(config.batches), config.data)
+    strategy = bdf.compile(bdf.load(checkpoint)).strategy
     contenders = {
         name: contender.format(strategy=strategy) for name, (contender, _) in CONTENDERS.items()
     }
@@ -191,8 +150,12 @@ def _measure(
     return lines, machine_info()
 
 
-def format_lines(lines: list[Line], dataset: str, ours: Evaluation) -> str:
-    """The table, and what its model's routing is worth, to print."""
+def format_lines(lines: list[Line], dataset: str, results: dict[str, Evaluation]) -> str:
+    """The table, and what its model's routing is worth, to print.
+
+    Args:
+        results: of ``train.recipe.evaluate_stages``.
+    """
     batches = list(lines[0].milliseconds)
     head = f"{dataset + ', test split':<20} {'accuracy':>9} {'blocks':>7} {'FLOPs':>9}"
     head += "".join(f" {f'ms, batch {batch}':>14} {'speed-up':>8}" for batch in batches)
@@ -206,7 +169,7 @@ def format_lines(lines: list[Line], dataset: str, ours: Evaluation) -> str:
     rows.append("")
     rows += [f"{line.name}: {line.what}" for line in lines]
     rows.append("BlockDrop times include the policy network; medians of interleaved calls.")
-    rows += ["", *ours.format().splitlines()[2:]]
+    rows += ["", *results["BlockDrop"].format().splitlines()[2:], *format_verdict(results)]
     return "\n".join(rows)
 
 

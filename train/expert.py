@@ -230,14 +230,27 @@ def _make_examples(
 def _find_menu(
     config: Expert, engine: bdf.Engine, train: ImageSet | ImageFolder, look: int
 ) -> Tensor:
-    """(M, K) bool: the static line, down to the smallest set, all with what always runs."""
+    """(M, K) bool: sets of the static line, down to the smallest, all with what always runs."""
     num_blocks = engine.config.num_blocks
     lowest = max(look, num_blocks // 4) if config.lowest is None else config.lowest
+    if config.sets < 1:
+        raise ValueError(f"sets: expected at least 1, got {config.sets}")
     if not look <= lowest <= num_blocks:
         raise ValueError(f"lowest: expected {look} to {num_blocks}, got {lowest}")
     looked_at = train.subset(min(config.line_images, len(train)), config.seed)
     batches = plain_batches(engine.backbone, looked_at, EVALUATION_BATCH, config.workers)
-    return static_line(engine, list(batches), keep_first=look).sets[lowest:]
+    line = static_line(engine, list(batches), keep_first=look)
+    return line.sets[spread_sizes(lowest, num_blocks, config.sets)]
+
+
+def spread_sizes(lowest: int, highest: int, count: int) -> list[int]:
+    """At most so many sizes from lowest to highest, ends included, closer together at small ones.
+
+    What a block more is worth falls with their number.
+    """
+    steps = [step / max(1, count - 1) for step in range(count)]
+    sizes = {round((lowest + 1) * ((highest + 1) / (lowest + 1)) ** step) - 1 for step in steps}
+    return sorted(sizes)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import batches_of, load_digits
 from tests.random_networks import CIFAR, make_look_model, make_network
 from train.config import Expert, Pretrain
-from train.expert import EXAMPLES_FILE, expert, make_examples, split
+from train.expert import EXAMPLES_FILE, expert, make_examples, split, spread_sizes
 from train.pretrain import pretrain
 
 FEW = {"limit": 400, "batch_size": 32, "threads": 1}
@@ -215,3 +215,16 @@ def test_refuses_a_model_without_a_menu(tmp_path):
     bdf.save(make_look_model()[0], tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model: the policy of .* has no menu to take"):
         expert(Expert(model=tmp_path / "model.safetensors", out=tmp_path / "run", **FEW))
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "count", "sizes"),
+    [
+        (3, 27, 12, [3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 22, 27]),
+        (0, 5, 12, [0, 1, 2, 3, 4, 5]),
+        (4, 15, 1, [4]),
+        (4, 15, 2, [4, 15]),
+    ],
+)
+def test_menus_have_more_small_sets_than_large(lowest, highest, count, sizes):
+    assert spread_sizes(lowest, highest, count) == sizes

@@ -375,12 +375,10 @@ def test_missing_or_wrong_options_are_named(stage, config, message, tmp_path):
 def test_demo_trains_measures_and_draws(tmp_path, capsys):
     config = Demo(
         out=tmp_path,
-        limit=128,
+        limit=384,  # 250 are held out
         threads=1,
         batches=(8,),
-        pretrain_epochs=1,
-        curriculum_epochs=1,
-        finetune_epochs=1,
+        epochs=1,
     )
     demo(config)
     printed = capsys.readouterr().out

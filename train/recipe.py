@@ -1,0 +1,172 @@
+"""All stages of a recipe in a row, each from what the one before it left.
+
+    python -m train recipe --preset quick --data DIR --out DIR
+
+``paper``: pretrain, curriculum, finetune, by rewards. ``quick``: a backbone that bears dropping, a
+policy that learns from examples, joint finetuning, the policy once more; and beside it the control,
+the best static set of blocks with the same training. The command can be repeated after a kill:
+complete stages are not run again, and one that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import blockdrop_fast as bdf
+from blockdrop_fast.files import atomic_write
+from blockdrop_fast.measure.evaluation import Evaluation
+from blockdrop_fast.networks.checkpoints import load_any
+from train.config import RECIPES, Common, Recipe
+from train.curriculum import curriculum
+from train.expert import expert
+from train.finetune import finetune
+from train.joint import joint
+from train.loop import MODEL_FILE, STATE_FILE, evaluate_test, prepare, static_accuracies_of
+from train.pretrain import pretrain
+
+RESULT_FILE = "recipe.json"
+# Stage of a recipe -> the function that runs it, and its options that name what earlier stages
+# left, each with that stage.
+WIRES: dict[str, tuple[Callable, dict[str, str]]] = {
+    "pretrain": (pretrain, {}),
+    "droppable": (pretrain, {"init": "pretrain"}),
+    "expert": (expert, {"backbone": "droppable"}),
+    "joint": (joint, {"model": "expert", "teacher": "pretrain"}),
+    "refit": (expert, {"model": "joint"}),
+    "control": (joint, {"backbone": "droppable", "teacher": "pretrain"}),
+    "curriculum": (curriculum, {"backbone": "pretrain"}),
+    "finetune": (finetune, {"model": "curriculum"}),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a recipe."""
+
+    run: Callable
+    config: Common
+
+    @property
+    def checkpoint(self) -> Path:
+        """The model that it leaves."""
+        return self.config.out / MODEL_FILE
+
+    @property
+    def complete(self) -> bool:
+        """Whether its last epoch is done."""
+        path = self.config.out / STATE_FILE
+        return path.exists() and torch.load(path, weights_only=True)["epoch"] >= self.config.epochs
+
+
+def recipe(config: Recipe) -> None:
+    """Run the stages; say what the model is worth, and write it to ``recipe.json``.
+
+    Raises:
+        ValueError: options that contradict each other.
+    """
+    stages = stages_of(config, RECIPES[config.recipe])
+    run_stages(stages)
+    results = evaluate_stages(config, stages)
+    print("\n" + format_results(results))
+    with atomic_write(config.out / RESULT_FILE) as path:
+        values = {name: evaluation.to_dict() for name, evaluation in results.items()}
+        path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def stages_of(config: Recipe, presets: dict[str, Common]) -> dict[str, Stage]:
+    """The stages in order, by name, each wired to what those before it leave.
+
+    Args:
+        config: the recipe's options.
+        presets: name -> options of the stage, but for those that the recipe sets.
+
+    Raises:
+        ValueError: an option that none of the stages takes.
+    """
+    _check(config, presets)
+    names = ("data", "seed", "device", "threads", "workers", "precision", "limit", "routing_images")
+    common = {name: getattr(config, name) for name in names}
+    first = {"init": config.init} | ({} if config.arch is None else {"arch": config.arch})
+    own = {
+        "pretrain": first,
+        "expert": {"budget": config.budget, "look": config.look},
+        "control": {"static": None if config.budget is None else round(config.budget)},
+    }
+    stages: dict[str, Stage] = {}
+    for name, preset in presets.items():
+        if name == "control" and not config.control:
+            continue
+        run, wires = WIRES[name]
+        options = common | own.get(name, {})
+        options |= {option: stages[earlier].checkpoint for option, earlier in wires.items()}
+        if config.epochs is not None:
+            options["epochs"] = config.epochs
+        stages[name] = Stage(run, replace(preset, out=config.out / name, **options))
+    return stages
+
+
+def run_stages(stages: dict[str, Stage]) -> None:
+    """Run the stages that are not complete."""
+    for name, stage in stages.items():
+        if stage.complete:
+            print(f"{name}: complete in {stage.config.out}")
+            continue
+        print(f"{name}: {stage.config.epochs} epochs, {stage.config.out}")
+        started = (stage.config.out / STATE_FILE).exists()
+        stage.run(replace(stage.config, resume=started))
+
+
+def evaluate_stages(config: Recipe, stages: dict[str, Stage]) -> dict[str, Evaluation]:
+    """Test results of the full network, the model, and the control where there is one."""
+    _, dataset = prepare(config)
+    control = stages.get("control")
+    model = [stage for name, stage in stages.items() if name != "control"][-1]
+    results = {}
+    shown = {"full network": stages["pretrain"], "BlockDrop": model, "one set for all": control}
+    for name, stage in shown.items():
+        if stage is None:
+            continue
+        engine = bdf.compile(load_any(stage.checkpoint).eval())
+        static = None
+        if stage is model:
+            static = static_accuracies_of(
+                stage.checkpoint, engine, dataset, config.static_images, config.workers
+            )
+        results[name] = evaluate_test(
+            engine, dataset, config.workers, None, config.routing_images, static
+        )
+    return results
+
+
+def format_results(results: dict[str, Evaluation]) -> str:
+    """A table, and what the model's routing is worth, to print."""
+    lines = [f"{'test split':<16} {'accuracy':>9} {'blocks':>14} {'FLOPs':>10}"]
+    for name, one in results.items():
+        blocks = f"{one.block_usage:.2f} ± {one.block_usage_std:.2f}"
+        lines.append(f"{name:<16} {100 * one.accuracy:>7.2f} % {blocks:>14} {one.flops:>10.3e}")
+    return "\n".join([*lines, "", *results["BlockDrop"].format_routing(), *format_verdict(results)])
+
+
+def format_verdict(results: dict[str, Evaluation]) -> list[str]:
+    """The line that says what a look at the image is worth; none without a control."""
+    model, control = results["BlockDrop"], results.get("one set for all")
+    if control is None:
+        return []
+    ahead = 100 * (model.accuracy - control.accuracy)
+    return [
+        f"against one set  {ahead:+.2f} points at {model.block_usage:.2f} blocks against "
+        f"{control.block_usage:.0f}, trained as long"
+    ]
+
+
+def _check(config: Recipe, presets: dict[str, Common]) -> None:
+    if "expert" not in presets and (config.budget is not None or config.look):
+        raise ValueError(
+            "budget and look: this recipe's policy learns from rewards and takes neither; "
+            "--preset quick does"
+        )
