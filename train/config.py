@@ -250,6 +250,9 @@ class Finetune(Policy):
     """Adam, backbone. Paper: 1e-4, then 1e-5 (CIFAR); 1e-5 (ImageNet)."""
     policy_lr: float | None = None
     """Adam, policy network; default: as the backbone's."""
+    policy_frozen: int = 0
+    """Epochs at the start in which the policy network stays as it is and the backbone gets used to
+    it."""
     schedule: Literal["step", "constant", "one_cycle"] = "step"
     """"step" divides by ten after 80 % of the epochs (paper, CIFAR); "constant" stays (paper,
     ImageNet); "one_cycle" warms up and anneals."""

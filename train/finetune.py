@@ -70,6 +70,8 @@ def finetune(config: Finetune) -> None:
         means, statistics = Means(), PolicyStatistics()
         generator = sampling_generator(config.seed, epoch, device)
         model.train()
+        policy_is_frozen = epoch <= config.policy_frozen
+        model.policy.train(not policy_is_frozen)
         if config.bn == "frozen":
             freeze_batch_norm(model.backbone)
         for images, labels in run.batches(dataset.train, epoch, config.batch_size):
@@ -87,6 +89,8 @@ def finetune(config: Finetune) -> None:
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             step.loss.backward()
+            if policy_is_frozen:
+                optimizers[1].zero_grad(set_to_none=True)
             for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
                 optimizer.step()
                 scheduler.step()

@@ -166,6 +166,19 @@ def test_finetune_trains_both_networks(with_policy, tmp_path, bn, samples):
 
 
 @pytest.mark.slow
+def test_finetune_with_the_policy_frozen_at_first(with_policy, tmp_path):
+    config = Finetune(
+        model=with_policy / "model.safetensors", bn="active", lr=1e-2, policy_frozen=1, **FEW
+    )
+    before = bdf.load(config.model)
+    for epochs in (1, 2):
+        finetune(replace(config, out=tmp_path / str(epochs), epochs=epochs, schedule="constant"))
+        after = bdf.load(tmp_path / str(epochs) / "model.safetensors").state_dict()
+        changed = {name for name, old in before.state_dict().items() if (after[name] != old).any()}
+        assert any(name.startswith("backbone.") for name in changed)
+        assert any(name.startswith("policy.") for name in changed) == (epochs == 2)
+
+
 def test_finetune_with_a_teacher(with_policy, pretrained, tmp_path):
     config = Finetune(
         model=with_policy / "model.safetensors", epochs=1, bn="active", out=tmp_path / "one", **FEW
