@@ -135,8 +135,8 @@ class Joint(Common):
 
     out: Path = Path("runs/joint")
     model: Path | None = None
-    """BlockDrop checkpoint whose policy network has a menu, of the stage expert (required, or
-    --backbone and --static)."""
+    """BlockDrop checkpoint whose policy has a menu, of the stage expert, or one set, of --static,
+    to train on (required, or --backbone and --static)."""
     budget: float | None = None
     """Mean kept blocks to train at, and the model's own; default: the one that it has."""
     spread: float = 0.25

@@ -167,15 +167,23 @@ def _static_set(config: Joint, engine: bdf.Engine, dataset: Dataset) -> Tensor:
 
 
 def _load_model(config: Joint) -> bdf.BlockDrop | bdf.ResNet:
+    budgeted = config.policy_lr or config.budget is not None or config.budgets is not None
     if config.static is not None:
         if config.backbone is None or config.model is not None:
             raise ValueError("static: expected --backbone, and no --model")
-        if config.policy_lr or config.budget is not None or config.budgets is not None:
+        if budgeted:
             raise ValueError("static: expected no --policy-lr, --budget or --budgets")
         return bdf.load_backbone(config.backbone)
     if config.model is None or config.backbone is not None:
         raise ValueError("model: expected a BlockDrop checkpoint, or --backbone and --static")
     model = bdf.load(config.model)
+    if isinstance(model.policy, bdf.FixedPolicy):
+        if budgeted:
+            raise ValueError(
+                f"model: {config.model} has one set for all images, expected no --policy-lr, "
+                "--budget or --budgets"
+            )
+        return model.requires_grad_(True)
     if model.policy.menu is None:
         raise ValueError(
             f"model: the policy network of {config.model} decides block by block; expected one "

@@ -76,6 +76,11 @@ def test_the_control_trains_one_set(backbone_file, tmp_path):
     assert sum(keep) == 3
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())[-1]
     assert metrics["test_sparsity"] == metrics["train_sparsity"] == 3
+    again = Joint(model=tmp_path / "run" / "model.safetensors", out=tmp_path / "again", **FEW)
+    joint(again)
+    assert bdf.load(tmp_path / "again" / "model.safetensors").policy.keep.tolist() == keep
+    with pytest.raises(ValueError, match="has one set for all images"):
+        joint(replace(again, budget=2.0, out=tmp_path / "other"))
     before = bdf.load_backbone(backbone_file)
     trained = {
         k
