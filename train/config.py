@@ -110,6 +110,13 @@ class Expert(Common):
     sets: int = 12
     """Sets of the menu, at most; more of them small than large. An image's examples cost a forward
     of each."""
+    groups: int = 1
+    """Groups of classes, by what the backbone mistakes for each other, each with sets of its own:
+    blocks of the last segment are dealt out to them in turns. So the network's whole capacity is
+    used at the cost of a part."""
+    away: float = 0.5
+    """With --groups: how much of its worth a set keeps for images of another group. A wish, which
+    joint training makes come true; --model then goes by what is."""
     line_images: int = 1000
     """Training images to choose the menu on, by greedy elimination."""
     held_out: int = 5000

@@ -24,6 +24,7 @@ from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure.static_line import static_line
 from blockdrop_fast.networks.menu import Menu
 from train.config import Expert
+from train.groups import class_groups, confusion_of, own_blocks
 from train.loop import (
     EVALUATION_BATCH,
     Means,
@@ -39,6 +40,7 @@ from train.loop import (
 )
 
 EXAMPLES_FILE = "examples.pt"
+GROUP_IMAGES = 5000
 Policy = bdf.PolicyNetwork | bdf.LookPolicy
 ROWS = 1024  # of activations that one call of the engine computes at most
 
@@ -216,9 +218,13 @@ def _make_examples(
         return torch.load(path, weights_only=True)
     if start is not None:
         menu = start.menu.sets.cpu()
+        right = make_examples(engine, train, menu, config.workers)
     else:
-        menu = _find_menu(config, engine, train, look)
-    examples = {"menu": menu, "right": make_examples(engine, train, menu, config.workers)}
+        groups = _find_groups(config, engine, train)
+        menu, made_for = _find_menu(config, engine, train, look, groups)
+        right = make_examples(engine, train, menu, config.workers)
+        right *= torch.where(made_for[groups[train.labels]], 1.0, config.away)
+    examples = {"menu": menu, "right": right}
     for kept, share in zip(menu.sum(1).tolist(), examples["right"].mean(0).tolist(), strict=True):
         print(f"examples: {kept} blocks, right {100 * share:.1f} %")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -227,10 +233,32 @@ def _make_examples(
     return examples
 
 
+def _find_groups(config: Expert, engine: bdf.Engine, train: ImageSet | ImageFolder) -> Tensor:
+    """(C,) int64: the group of each class, by what the complete backbone takes it for."""
+    if config.groups == 1:
+        return torch.zeros(engine.config.num_classes, dtype=torch.int64)
+    some = train.subset(min(GROUP_IMAGES, len(train)), config.seed)
+    batches = plain_batches(engine.backbone, some, EVALUATION_BATCH, config.workers)
+    logits = torch.cat(
+        [engine(images.to(engine.dtype)).logits.float().cpu() for images, _ in batches]
+    )
+    groups = class_groups(confusion_of(logits, some.labels), config.groups)
+    print(f"groups of classes: {groups.tolist()}")
+    return groups
+
+
 def _find_menu(
-    config: Expert, engine: bdf.Engine, train: ImageSet | ImageFolder, look: int
-) -> Tensor:
-    """(M, K) bool: sets of the static line, down to the smallest, all with what always runs."""
+    config: Expert,
+    engine: bdf.Engine,
+    train: ImageSet | ImageFolder,
+    look: int,
+    groups: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The menu (M, K) bool, and which groups of classes its sets are for, (groups, M) bool.
+
+    Sets are those of the static line, down to the smallest, all with what always runs; with
+    groups, of each group's line, which drops first what the others have to themselves.
+    """
     num_blocks = engine.config.num_blocks
     lowest = max(look, num_blocks // 4) if config.lowest is None else config.lowest
     if config.sets < 1:
@@ -238,9 +266,20 @@ def _find_menu(
     if not look <= lowest <= num_blocks:
         raise ValueError(f"lowest: expected {look} to {num_blocks}, got {lowest}")
     looked_at = train.subset(min(config.line_images, len(train)), config.seed)
-    batches = plain_batches(engine.backbone, looked_at, EVALUATION_BATCH, config.workers)
-    line = static_line(engine, list(batches), keep_first=look)
-    return line.sets[spread_sizes(lowest, num_blocks, config.sets)]
+    sizes = spread_sizes(lowest, num_blocks, -(-config.sets // config.groups))
+    own, runs_anyway = own_blocks(engine.config, config.groups), torch.arange(num_blocks) < look
+    chains = []
+    for group in range(config.groups):
+        members = looked_at.take((groups[looked_at.labels] == group).nonzero().squeeze(1))
+        batches = plain_batches(engine.backbone, members, EVALUATION_BATCH, config.workers)
+        foreign = own.any(0) & ~own[group]
+        line = static_line(engine, list(batches), 1 + runs_anyway.int() - foreign.int())
+        chains.append(line.sets[sizes])
+        if config.groups > 1:
+            print(f"group {group}: blocks drop in the order {[k + 1 for k in line.order]}")
+    menu = torch.cat(chains).unique(dim=0)
+    menu = menu[menu.sum(1).argsort(stable=True)]
+    return menu, torch.stack([(menu[:, None] == chain).all(2).any(1) for chain in chains])
 
 
 def spread_sizes(lowest: int, highest: int, count: int) -> list[int]:
@@ -277,6 +316,8 @@ def _load(config: Expert) -> tuple[bdf.ResNet, Policy | None]:
     else:
         if config.lowest is not None:
             raise ValueError("lowest: the menu is that of --model, expected none")
+        if config.groups != 1:
+            raise ValueError("groups: the menu is that of --model, expected none")
         model = bdf.load(config.model)
         backbone, policy = model.backbone, model.policy
         if policy.menu is None:

@@ -77,7 +77,9 @@ def default_images(num_blocks: int) -> int:
     return 2000 if num_blocks <= 27 else 500
 
 
-def static_line(engine: Engine, batches: Sequence[Batch], keep_first: int = 0) -> StaticLine:
+def static_line(
+    engine: Engine, batches: Sequence[Batch], tiers: Tensor | None = None
+) -> StaticLine:
     """Drop the blocks one by one, each time that without which the cross entropy is lowest.
 
     Each step is one call a batch for all candidates, which share their prefixes: about K^3 / 6
@@ -87,8 +89,8 @@ def static_line(engine: Engine, batches: Sequence[Batch], keep_first: int = 0) -
         engine: whose backbone is meant.
         batches: of (images (B, 3, H, W) normalised, labels (B,) int64), not augmented; passed
             over K + 1 times.
-        keep_first: so many first blocks are dropped after all others. Not for
-            ``cached_static_line``, whose files hold lines that any block may leave at any time.
+        tiers: (K,) int; all blocks of a lower tier are dropped before any of a higher one. None:
+            any block at any time, as in the files of ``cached_static_line``.
 
     Raises:
         ValueError: no images.
@@ -97,11 +99,12 @@ def static_line(engine: Engine, batches: Sequence[Batch], keep_first: int = 0) -
     if images == 0:
         raise ValueError("batches: no images to choose the sets on")
     current = torch.ones(1, engine.config.num_blocks, dtype=torch.bool)
+    if tiers is None:
+        tiers = torch.zeros(engine.config.num_blocks, dtype=torch.int64)
     sets, losses = [current], [_means(engine, batches, current, _cross_entropy)]
     while current.any():
-        candidates = without_one(current[0])
-        if current[0, keep_first:].any():
-            candidates = candidates[candidates[:, :keep_first].all(1)]
+        kept = current[0].nonzero().squeeze(1)
+        candidates = without_one(current[0])[tiers[kept] == tiers[kept].min()]
         loss = _means(engine, batches, candidates, _cross_entropy)
         best = loss.argmin()
         current = candidates[best, None]

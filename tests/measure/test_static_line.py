@@ -70,7 +70,7 @@ def test_each_step_is_the_best_of_all(engine, batches, line, monkeypatch):
 
 def test_first_blocks_can_be_kept_for_longest(engine, batches, line):
     assert set(line.order[:4]) & {0, 1}  # the unrestricted line drops one of them earlier
-    restricted = static_line(engine, batches, keep_first=2)
+    restricted = static_line(engine, batches, tiers=(torch.arange(6) < 2).int())
     assert sorted(restricted.order[-2:]) == [0, 1]
     assert restricted.sets.sum(1).tolist() == list(range(7))
     later = [blocks for blocks in without_one(torch.ones(6).bool()) if blocks[:2].all()]

@@ -228,3 +228,14 @@ def test_refuses_a_model_without_a_menu(tmp_path):
 )
 def test_menus_have_more_small_sets_than_large(lowest, highest, count, sizes):
     assert spread_sizes(lowest, highest, count) == sizes
+
+
+@pytest.mark.slow
+def test_groups_of_classes_have_sets_of_their_own(config, tmp_path, capsys):
+    expert(replace(config, out=tmp_path / "run", groups=2, sets=6, epochs=1))
+    sets = bdf.load(tmp_path / "run" / "model.safetensors").policy.menu.sets
+    assert len(sets) == 5  # of 1, 3 and 6 blocks, the last one for both
+    printed = capsys.readouterr().out
+    # Each drops first the block of the last segment that the other has to itself.
+    assert "group 0: blocks drop in the order [6, " in printed
+    assert "group 1: blocks drop in the order [5, " in printed
