@@ -164,7 +164,7 @@ class Joint(Common):
     weight_decay: float = 1e-4
     policy_lr: float = 0.0
     """Peak for the policy network, which learns from what came of the sets that ran; 0: it stays
-    as it is."""
+    as it is, and so do the first blocks where it looks at what they see."""
     value: float = 1.0
     """With --policy-lr: weight of its loss."""
     held_out: int = 5000

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import Dataset
@@ -62,6 +62,9 @@ def joint(config: Joint) -> None:
     menu = model.policy.menu
     if menu is not None:
         calibrate(model, held_out, config.budget, config.workers)
+    looked_through = [] if config.policy_lr else _looked_through(model)
+    for module in looked_through:
+        module.requires_grad_(False)
     learning = {"backbone": (model.backbone, config.lr)}
     if config.policy_lr:
         learning["policy"] = (model.policy, config.policy_lr)
@@ -83,6 +86,8 @@ def joint(config: Joint) -> None:
         generator = sampling_generator(config.seed, epoch, device)
         model.train()
         model.policy.train(bool(config.policy_lr))
+        for module in looked_through:
+            module.eval()
         prices = _prices(menu, config).to(device)
         for images, labels in run.batches(train, epoch, config.batch_size):
             price = _draw(prices, len(images), config.spread, generator)
@@ -128,6 +133,14 @@ def joint(config: Joint) -> None:
             )
             metrics |= evaluation_metrics(evaluation, 1.0)
         run.finish_epoch(epoch, metrics)
+
+
+def _looked_through(model: bdf.BlockDrop) -> list[nn.Module]:
+    """What a ``LookPolicy`` sees images through: if that changed, it would have to learn, too."""
+    if not isinstance(model.policy, bdf.LookPolicy):
+        return []
+    backbone = model.backbone
+    return [backbone.conv1, backbone.bn1, *backbone.segments[0][: model.policy.after]]
 
 
 def _choose(menu: Menu | None, values: Tensor, price: Tensor) -> Tensor:

@@ -139,3 +139,21 @@ def test_a_policy_without_a_menu_is_refused(tmp_path):
     bdf.save(model, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="with a menu, of the stage expert"):
         joint(Joint(model=tmp_path / "model.safetensors", out=tmp_path / "run", **FEW))
+
+
+def test_what_a_frozen_head_looks_through_is_frozen(tmp_path):
+    backbone = make_network(CIFAR)
+    backbone.normalization = NORMALIZED
+    menu = Menu(SETS)
+    bdf.save(
+        bdf.BlockDrop(backbone, bdf.LookPolicy(backbone.config, 1, menu)),
+        tmp_path / "model.safetensors",
+    )
+    before = bdf.load(tmp_path / "model.safetensors").state_dict()
+    options = Joint(model=tmp_path / "model.safetensors", budget=2.0, **FEW)
+    first = ("backbone.conv1", "backbone.bn1", "backbone.segments.0.0", "policy.convs")
+    for policy_lr in (0.0, 0.01):
+        joint(replace(options, policy_lr=policy_lr, out=tmp_path / str(policy_lr)))
+        names = changed(before, bdf.load(tmp_path / str(policy_lr) / "model.safetensors"))
+        assert any(name.startswith("backbone.segments.") for name in names)
+        assert any(name.startswith(first) for name in names) == bool(policy_lr)
