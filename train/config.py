@@ -97,7 +97,8 @@ class Expert(Common):
     required."""
     model: Path | None = None
     """BlockDrop checkpoint whose backbone and menu to take, and whose policy to start from where it
-    looks at the same: fits a policy anew to a backbone that has changed."""
+    looks at the same: fits a policy anew to a backbone that has changed. Or one of a single set
+    (joint --static), which becomes a set for each of --groups."""
     look: int | None = None
     """Blocks, of the first segment, after which the policy looks at what the backbone sees, instead
     of a network of its own that looks at the image; they always run. 0: such a network. Default:

@@ -7,7 +7,9 @@ The paper trains from rewards alone, as no expert examples are available. For a 
 there are: one call of the engine says which of them the backbone is right with, for the price of an
 inference. The policy network learns to predict that, and an image gets the set that is worth its
 price (``blockdrop_fast/networks/menu.py``). With ``--look`` it is a small head on what the
-backbone's first blocks see (``blockdrop_fast/networks/look.py``). Not in the paper.
+backbone's first blocks see (``blockdrop_fast/networks/look.py``). Of a model of one set for all
+images (``joint --static``), ``--model FILE --groups G`` makes one with a set for each group of
+classes, and the policy learns to tell the groups (``train/upcycling.py``). Not in the paper.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from train.loop import (
     Run,
     autocast,
     check_out,
+    device_of,
     engine_dtype,
     evaluate_test,
     evaluation_metrics,
@@ -38,6 +41,7 @@ from train.loop import (
     prepare,
     static_accuracies_of,
 )
+from train.upcycling import upcycle
 
 EXAMPLES_FILE = "examples.pt"
 GROUP_IMAGES = 5000
@@ -59,9 +63,17 @@ def expert(config: Expert) -> None:
     backbone, start = _load(config)
     look = (0 if start is None else start.after) if config.look is None else config.look
     backbone.to(device, memory_format=torch.channels_last)
-    engine = bdf.compile(backbone, dtype=engine_dtype(config, device))
     held_out, train = split(dataset.train, config.held_out, config.seed)
-    examples = _make_examples(config, engine, train, look, start)
+    budget = config.budget
+    if isinstance(start, bdf.FixedPolicy):
+        start.to(device)
+        backbone, examples = _upcycled(config, bdf.BlockDrop(backbone, start), train, look)
+        budget, start = float(start.keep.sum()), None
+    else:
+        engine = bdf.compile(backbone, dtype=engine_dtype(config, device))
+        examples = _make_examples(config, engine, train, look, start)
+    if budget is None:
+        budget = backbone.num_blocks / 2 if start is None else start.menu.budget
     menu = Menu(examples["menu"])
     torch.manual_seed(config.seed)
     if start is not None and start.after == look:
@@ -83,9 +95,6 @@ def expert(config: Expert) -> None:
     run = Run(config, model, [optimizer], [scheduler, trained.classes])
     engine = bdf.compile(model, dtype=engine_dtype(config, device))
     right, labels = examples["right"].to(device), train.labels.to(device)
-    budget = config.budget
-    if budget is None:
-        budget = backbone.num_blocks / 2 if start is None else start.menu.budget
     static = None
     for epoch in run.epochs():
         means = Means()
@@ -233,8 +242,19 @@ def _make_examples(
     return examples
 
 
+def _upcycled(
+    config: Expert, model: bdf.BlockDrop, train: ImageSet | ImageFolder, look: int
+) -> tuple[bdf.ResNet, dict[str, Tensor]]:
+    """A backbone with a set of equal size for each group of classes; right is the group's own."""
+    engine = bdf.compile(model, dtype=engine_dtype(config, device_of(model)))
+    groups = _find_groups(config, engine, train)
+    backbone, sets = upcycle(model.backbone, model.policy.keep.cpu(), config.groups, look)
+    right = groups[train.labels][:, None] == torch.arange(config.groups)
+    return backbone, {"menu": sets, "right": right.float()}
+
+
 def _find_groups(config: Expert, engine: bdf.Engine, train: ImageSet | ImageFolder) -> Tensor:
-    """(C,) int64: the group of each class, by what the complete backbone takes it for."""
+    """(C,) int64: the group of each class, by what the engine takes its images for."""
     if config.groups == 1:
         return torch.zeros(engine.config.num_classes, dtype=torch.int64)
     some = train.subset(min(GROUP_IMAGES, len(train)), config.seed)
@@ -307,7 +327,7 @@ def calibrate(
     model.policy.menu.calibrate(logits, budget)
 
 
-def _load(config: Expert) -> tuple[bdf.ResNet, Policy | None]:
+def _load(config: Expert) -> tuple[bdf.ResNet, Policy | bdf.FixedPolicy | None]:
     """The backbone, frozen, and the policy to start from, if there is one."""
     if (config.backbone is None) == (config.model is None):
         raise ValueError("backbone and model: expected one of the two checkpoints")
@@ -316,18 +336,24 @@ def _load(config: Expert) -> tuple[bdf.ResNet, Policy | None]:
     else:
         if config.lowest is not None:
             raise ValueError("lowest: the menu is that of --model, expected none")
-        if config.groups != 1:
-            raise ValueError("groups: the menu is that of --model, expected none")
         model = bdf.load(config.model)
         backbone, policy = model.backbone, model.policy
-        if policy.menu is None:
+        fixed = isinstance(policy, bdf.FixedPolicy)
+        if fixed and (config.groups < 2 or config.budget is not None):
+            raise ValueError(
+                f"groups: {config.model} has one set for all images, expected two or more groups "
+                "to have one each, and no --budget"
+            )
+        if not fixed and config.groups != 1:
+            raise ValueError("groups: the menu is that of --model, expected none")
+        if not fixed and policy.menu is None:
             raise ValueError(f"model: the policy of {config.model} has no menu to take")
     layers = backbone.config.layers[0]
     if config.look is not None and not 0 <= config.look <= layers:
         raise ValueError(
             f"look: expected 0 to {layers}, the blocks of the first segment, got {config.look}"
         )
-    if policy is not None and not policy.menu.sets[:, : config.look or 0].all():
+    if isinstance(policy, Policy) and not policy.menu.sets[:, : config.look or 0].all():
         raise ValueError(f"look: the menu of {config.model} drops one of blocks 1 to {config.look}")
     return backbone.eval().requires_grad_(False), policy
 

@@ -8,6 +8,7 @@ import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import batches_of, load_digits
+from blockdrop_fast.data.image_sets import NO_NORMALIZATION
 from tests.random_networks import CIFAR, make_look_model, make_network
 from train.config import Expert, Pretrain
 from train.expert import EXAMPLES_FILE, expert, make_examples, split, spread_sizes
@@ -239,3 +240,22 @@ def test_groups_of_classes_have_sets_of_their_own(config, tmp_path, capsys):
     # Each drops first the block of the last segment that the other has to itself.
     assert "group 0: blocks drop in the order [6, " in printed
     assert "group 1: blocks drop in the order [5, " in printed
+
+
+@pytest.mark.slow
+def test_one_set_becomes_one_for_each_group(tmp_path):
+    backbone = make_network(bdf.resnet_cifar(20).config)
+    backbone.normalization = NO_NORMALIZATION
+    keep = torch.tensor([0, 0, 1, 0, 1, 0, 0, 1, 0]).bool()
+    static = tmp_path / "static.safetensors"
+    bdf.save(bdf.BlockDrop(backbone, bdf.FixedPolicy(keep)), static)
+    common = Expert(model=static, epochs=1, held_out=100, static_images=0, **FEW)
+    with pytest.raises(ValueError, match=r"groups: .* has one set for all images"):
+        expert(replace(common, out=tmp_path / "one"))
+    expert(replace(common, groups=2, look=1, out=tmp_path / "run"))
+    model = bdf.load(tmp_path / "run" / "model.safetensors")
+    assert model.policy.after == 1
+    assert model.policy.menu.sets.tolist() == [
+        [True, False, False, False, True, False, False, True, False],
+        [True, False, False, False, True, False, False, False, True],
+    ]
