@@ -100,20 +100,21 @@ def joint(config: Joint) -> None:
                 target = teacher(images.to(dtype)).logits.float()
                 distilled = distillation_loss(logits.float(), target, config.temperature)
                 loss = (1 - config.distill) * loss + config.distill * distilled
+            seen = {"accuracy": (logits.argmax(1) == labels).float().mean()}
             if config.policy_lr:
                 ran = menu.at_price(values, price)[:, None]
                 right = outcomes(logits.detach(), labels)
                 regression = F.binary_cross_entropy_with_logits(
                     values.float().gather(1, ran).squeeze(1), right
                 )
-                means.add(len(images), value_loss=regression)
+                seen["value_loss"] = regression
                 loss = loss + config.value * regression
             run.check_finite(loss, epoch=epoch, lr=scheduler.get_last_lr()[0])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             scheduler.step()
-            means.add(len(images), loss=loss, accuracy=(logits.argmax(1) == labels).float().mean())
+            means.add(len(images), loss=loss, **seen)
             statistics.add(decisions)
             if run.step % 20 == 0:
                 run.show(**means.items())

@@ -67,6 +67,7 @@ def test_the_backbone_learns_and_the_policy_only_if_asked(model_file, tmp_path, 
     assert after.policy.menu.budget == 1.5
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())[-1]
     assert 1 <= metrics["test_sparsity"] <= 5
+    assert metrics["train_loss"] > 1.5  # untrained, of ten classes
 
 
 def test_the_control_trains_one_set(backbone_file, tmp_path):
