@@ -122,7 +122,7 @@ class Expert(Common):
     """Training images to choose the menu on, by greedy elimination."""
     held_out: int = 5000
     """Training images that are not trained on: the prices of budgets are calibrated on them."""
-    epochs: int = 6
+    epochs: int = 18
     batch_size: int = 128
     lr: float = 2e-3
     """Peak of the one-cycle schedule (AdamW)."""
@@ -297,18 +297,19 @@ class Recipe(Common):
     """All stages of a recipe in a row."""
 
     out: Path = Path("runs/recipe")
-    recipe: Literal["paper", "quick", "R101"] = "paper"
+    recipe: Literal["paper", "quick", "groups", "R101"] = "paper"
     """The stages and their options; a preset takes its own."""
     arch: str | None = None
     """See pretrain; default: the preset's."""
     init: Path | None = None
     """Backbone checkpoint to start from; its file then tells the architecture."""
     budget: float | None = None
-    """Mean kept blocks of the model and of its control (quick); default: half of them."""
-    look: int = 0
-    """The policy looks at the backbone's features after this block, see expert (quick)."""
+    """Mean kept blocks of the model and of its control (quick, groups: required)."""
+    look: int | None = None
+    """The policy looks at the backbone's features after this block, see expert (quick: default 0;
+    groups: default 1)."""
     control: bool = True
-    """Also train the best static set of as many blocks, and say which is ahead (quick)."""
+    """Also train the best static set of as many blocks, and say which is ahead (quick, groups)."""
     epochs: int | None = None
     """Of every stage; default: the preset's."""
     static_images: int | None = None
@@ -378,8 +379,16 @@ RECIPES: dict[str, dict[str, Common]] = {
         "droppable": Pretrain(droppable=True, epochs=8, lr=0.05),
         "expert": QUICK["expert"],
         "joint": QUICK["joint"],
-        "refit": Expert(epochs=3),
+        "refit": Expert(epochs=8),
         "control": QUICK["joint"],
+    },
+    "groups": {
+        "pretrain": QUICK["pretrain"],
+        "droppable": Pretrain(droppable=True, epochs=8, lr=0.05),
+        "static": Joint(),
+        "groups": Expert(groups=4, look=1, epochs=10),
+        "groups_joint": Joint(spread=0.0),
+        "groups_control": Joint(),
     },
 }
 QUICK |= {"recipe": Recipe(recipe="quick")}

@@ -3,9 +3,11 @@
     python -m train recipe --preset quick --data DIR --out DIR
 
 ``paper``: pretrain, curriculum, finetune, by rewards. ``quick``: a backbone that bears dropping, a
-policy that learns from examples, joint finetuning, the policy once more; and beside it the control,
-the best static set of blocks with the same training. The command can be repeated after a kill:
-complete stages are not run again, and one that was interrupted goes on where it was.
+policy that learns from examples, joint finetuning, the policy once more: a model for every budget.
+``groups``: the best static set, trained, becomes one for each group of classes, and a head on the
+first blocks tells the groups. Beside the latter two the control, a static set of blocks with the
+same training. The command can be repeated after a kill: complete stages are not run again, and one
+that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -39,9 +41,16 @@ WIRES: dict[str, tuple[Callable, dict[str, str]]] = {
     "joint": (joint, {"model": "expert", "teacher": "pretrain"}),
     "refit": (expert, {"model": "joint"}),
     "control": (joint, {"backbone": "droppable", "teacher": "pretrain"}),
+    "static": (joint, {"backbone": "droppable", "teacher": "pretrain"}),
+    "groups": (expert, {"model": "static"}),
+    "groups_joint": (joint, {"model": "groups", "teacher": "pretrain"}),
+    "groups_control": (joint, {"model": "static", "teacher": "pretrain"}),
     "curriculum": (curriculum, {"backbone": "pretrain"}),
     "finetune": (finetune, {"model": "curriculum"}),
 }
+
+
+CONTROLS = ("control", "groups_control")
 
 
 @dataclass(frozen=True)
@@ -94,12 +103,14 @@ def stages_of(config: Recipe, presets: dict[str, Common]) -> dict[str, Stage]:
     first = {"init": config.init} | ({} if config.arch is None else {"arch": config.arch})
     own = {
         "pretrain": first,
-        "expert": {"budget": config.budget, "look": config.look},
-        "control": {"static": None if config.budget is None else round(config.budget)},
+        "expert": {"budget": config.budget, "look": config.look or 0},
+        "control": {"static": config.budget and round(config.budget)},
+        "static": {"static": config.budget and round(config.budget)},
+        "groups": {} if config.look is None else {"look": config.look},
     }
     stages: dict[str, Stage] = {}
     for name, preset in presets.items():
-        if name == "control" and not config.control:
+        if name in CONTROLS and not config.control:
             continue
         run, wires = WIRES[name]
         options = common | own.get(name, {})
@@ -124,8 +135,8 @@ def run_stages(stages: dict[str, Stage]) -> None:
 def evaluate_stages(config: Recipe, stages: dict[str, Stage]) -> dict[str, Evaluation]:
     """Test results of the full network, the model, and the control where there is one."""
     _, dataset = prepare(config)
-    control = stages.get("control")
-    model = [stage for name, stage in stages.items() if name != "control"][-1]
+    control = next((stages[name] for name in CONTROLS if name in stages), None)
+    model = [stage for name, stage in stages.items() if name not in CONTROLS][-1]
     results = {}
     shown = {"full network": stages["pretrain"], "BlockDrop": model, "one set for all": control}
     for name, stage in shown.items():
@@ -165,8 +176,11 @@ def format_verdict(results: dict[str, Evaluation]) -> list[str]:
 
 
 def _check(config: Recipe, presets: dict[str, Common]) -> None:
-    if "expert" not in presets and (config.budget is not None or config.look):
+    by_rewards = "curriculum" in presets
+    if by_rewards and (config.budget is not None or config.look is not None):
         raise ValueError(
             "budget and look: this recipe's policy learns from rewards and takes neither; "
             "--preset quick does"
         )
+    if config.budget is None and not by_rewards:
+        raise ValueError("budget: the mean kept blocks of the model and its control are required")
