@@ -18,24 +18,25 @@ import blockdrop_fast as bdf
 def upcycle(
     backbone: bdf.ResNet, keep: Tensor, groups: int, first: int = 0
 ) -> tuple[bdf.ResNet, Tensor]:
-    """Copy the set's blocks of the last segment for all groups but one.
+    """Copy the set's last blocks for all groups but one, as many as there are free ones for.
 
-    The first block of a segment changes the shape and is shared, as are all other segments.
+    All in the last segment, whose first block changes the shape and is shared, as are all other
+    segments. Blocks of a segment are of one shape, so the set's can change places.
 
     Args:
         backbone: of the set.
         keep: (K,) bool, the set.
         groups: G.
         first: so many first blocks shall be in every set: the set's blocks of the first segment
-            move there, which changes nothing, as all blocks of a segment are of one shape.
+            move there.
 
     Returns:
         A new backbone, and (G, K) bool sets of equal size; at each of them it computes what
         ``backbone`` computes at ``keep``.
 
     Raises:
-        ValueError: the set has too few blocks in the first segment, or leaves too few free in the
-            last.
+        ValueError: the set has too few blocks in the first segment, or none in the last, or leaves
+            too few free ones there.
     """
     layers = backbone.config.layers
     result, keep = copy.deepcopy(backbone), keep.clone()
@@ -49,23 +50,26 @@ def upcycle(
         for to, block in enumerate(used):
             _copy(backbone, result, block, to)
         keep[: layers[0]] = torch.arange(layers[0]) < len(used)
-    start = len(keep) - layers[-1] + 1
+    start, end = len(keep) - layers[-1] + 1, len(keep)
     own = (start + keep[start:].nonzero().squeeze(1)).tolist()
-    free = (start + (~keep[start:]).nonzero().squeeze(1)).tolist()
-    if len(own) == 0 or len(free) < (groups - 1) * len(own):
+    apart = min(len(own), (end - start - len(own)) // (groups - 1)) if groups > 1 else 0
+    if groups > 1 and apart < 1:
         raise ValueError(
-            f"groups: the set has {len(own)} blocks of its own and {len(free)} free ones in the "
-            f"last segment, too few for {groups} groups"
+            f"groups: the set has {len(own)} of {end - start} blocks of the last segment, which "
+            f"leaves none for each of {groups} groups"
         )
-    sets = [keep]
-    for group in range(groups - 1):
-        taken = free[group * len(own) : (group + 1) * len(own)]
-        other = keep.clone()
-        other[own], other[taken] = False, True
-        for block, to in zip(own, taken, strict=True):
+    # Those that all share, then those of each group, in the set's order.
+    shared = len(own) - apart
+    keep[start:] = torch.arange(end - start) < shared
+    for to, block in enumerate(own[:shared], start):
+        _copy(backbone, result, block, to)
+    sets = keep.repeat(groups, 1)
+    for group in range(groups):
+        begin = start + shared + group * apart
+        sets[group, begin : begin + apart] = True
+        for to, block in enumerate(own[shared:], begin):
             _copy(backbone, result, block, to)
-        sets.append(other)
-    return result, torch.stack(sets)
+    return result, sets
 
 
 def _copy(source: bdf.ResNet, target: bdf.ResNet, block: int, to: int) -> None:

@@ -31,14 +31,19 @@ def test_every_set_computes_what_the_one_did(backbone, groups, first):
             torch.testing.assert_close(result(images, one.expand(3, -1)), expected)
 
 
-def test_groups_share_no_block_of_the_last_segment_but_its_first(backbone):
-    _, sets = upcycle(backbone, KEEP, 3)
-    assert (sets[:, 11:].sum(0) <= 1).all()
-    assert sets[:, :11].unique(dim=0).shape[0] == 1
+@pytest.mark.parametrize(
+    ("in_last", "groups", "apart"), [(1, 4, 1), (2, 3, 1), (2, 2, 2), (3, 2, 1)]
+)
+def test_as_many_blocks_are_apart_as_are_free(backbone, in_last, groups, apart):
+    keep = torch.arange(15) >= 15 - in_last
+    _, sets = upcycle(backbone, keep, groups)
+    alone = sets.sum(0) == 1
+    assert (sets & alone).sum(1).tolist() == [apart] * groups
+    assert sets.all(0).sum() == in_last - apart
 
 
 def test_what_does_not_fit(backbone):
-    with pytest.raises(ValueError, match="too few for 5 groups"):
+    with pytest.raises(ValueError, match="groups: the set has 1 of 4 blocks"):
         upcycle(backbone, KEEP, 5)
     with pytest.raises(ValueError, match=r"look: expected at most 2, .* got 3"):
         upcycle(backbone, KEEP, 2, 3)
