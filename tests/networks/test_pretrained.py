@@ -8,20 +8,39 @@ from blockdrop_fast.data.image_sets import IMAGENET_NORMALIZATION
 
 
 def test_names():
-    assert bdf.pretrained() == ("blockdrop32-cifar10-jpeg", "resnet32-cifar10-jpeg")
+    kinds = [("blockdrop", 32), ("blockdrop", 56), ("resnet", 32), ("resnet", 56)]
+    kinds += [("static", 32), ("static", 56)]
+    assert bdf.pretrained() == tuple(f"{kind}{depth}-cifar10-jpeg" for kind, depth in kinds)
 
 
-def test_blockdrop_by_name_drops_blocks():
-    model = bdf.load("blockdrop32-cifar10-jpeg")
-    assert model.backbone.config == bdf.resnet32(shortcut="subsample").config
+@pytest.mark.parametrize(("depth", "policies"), [(32, 2), (56, 2)])
+def test_blockdrop_by_name_decides_by_the_image(depth, policies):
+    model = bdf.load(f"blockdrop{depth}-cifar10-jpeg")
+    assert model.backbone.config == bdf.resnet_cifar(depth, shortcut="subsample").config
     assert model.backbone.normalization == IMAGENET_NORMALIZATION
-    images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    usage = bdf.compile(model)(images).decisions.sum(1)
-    assert usage.max() < 15
+    images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    decisions = bdf.compile(model)(images).decisions
+    assert decisions.sum(1).max() < model.backbone.num_blocks
+    assert len(decisions.unique(dim=0)) >= policies
 
 
-def test_backbone_by_name():
-    assert bdf.load_backbone("resnet32-cifar10-jpeg").num_blocks == 15
+@pytest.mark.parametrize("budget", [4.0, 7.0, 10.0])
+def test_blockdrop32_serves_budgets(budget):
+    model = bdf.load("blockdrop32-cifar10-jpeg")
+    assert model.policy.menu.usages[0] >= budget >= model.policy.menu.usages[-1]
+    assert bdf.compile(model)(torch.randn(2, 3, 32, 32), budget=budget).logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(32, 7), (56, 5)])
+def test_one_set_by_name(depth, blocks):
+    policy = bdf.load(f"static{depth}-cifar10-jpeg").policy
+    assert isinstance(policy, bdf.FixedPolicy)
+    assert policy.keep.sum() == blocks
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(32, 15), (56, 27)])
+def test_backbone_by_name(depth, blocks):
+    assert bdf.load_backbone(f"resnet{depth}-cifar10-jpeg").num_blocks == blocks
 
 
 def test_a_file_of_that_name_goes_first(tmp_path, monkeypatch):
