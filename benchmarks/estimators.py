@@ -150,6 +150,7 @@ def load(arguments: Arguments) -> dict:
     settings = {name: value for name, value in vars(arguments).items() if name not in FREE}
     settings = json.loads(json.dumps(settings, default=str))
     path = arguments.out.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return {"settings": settings, "estimators": {}}
     result = json.loads(path.read_text())
