@@ -2,7 +2,7 @@
 
     python -m train demo
 
-On two CPU cores under four minutes from a fresh clone, environment and build included.
+On two CPU cores about three minutes from a fresh clone, environment and build included.
 """
 
 from __future__ import annotations
