@@ -60,8 +60,6 @@ def joint(config: Joint) -> None:
         keep = _static_set(config, bdf.compile(model, dtype=dtype), dataset)
         model = bdf.BlockDrop(model, bdf.FixedPolicy(keep.to(device)))
     menu = model.policy.menu
-    if menu is not None:
-        calibrate(model, held_out, config.budget, config.workers)
     looked_through = [] if config.policy_lr else _looked_through(model)
     for module in looked_through:
         module.requires_grad_(False)
@@ -79,6 +77,8 @@ def joint(config: Joint) -> None:
         optimizer, [lr for _, lr in learning.values()], total_steps=steps, cycle_momentum=False
     )
     run = Run(config, model, [optimizer], [scheduler])
+    if menu is not None:  # of a resumed run: at the policy that it had come to
+        calibrate(model, held_out, config.budget, config.workers)
     engine = bdf.compile(model, dtype=dtype)
     teacher = load_teacher(config.teacher, model, device, dtype)
     for epoch in run.epochs():
