@@ -8,7 +8,8 @@ Environment variables:
         cpu     CPU kernels; no compiler is an error.
         none    nothing; torch need not be installed yet, the package runs on its references.
     CXX, CUDA_HOME: the compilers, as torch finds them.
-    TORCH_CUDA_ARCH_LIST: GPU architectures, default ``DEFAULT_CUDA_ARCHS`` below.
+    TORCH_CUDA_ARCH_LIST: GPU architectures, default ``DEFAULT_CUDA_ARCHS`` below. Containers come
+            with one set; what is older than ``OLDEST_CUDA_ARCH`` is left out.
     MAX_JOBS: parallel compilations.
 
 Sources are found by folder: csrc/*.cpp, csrc/cpu/*.cpp, csrc/cuda/*.cu. On x86-64, files named
@@ -41,6 +42,7 @@ RECORD_NAME = "_build_record.json"  # read by blockdrop_fast/_extension.py
 # sm_90a: the matrix instructions and clusters of Hopper are not in plain sm_90. PTX of 8.0 lets
 # newer GPUs compile the kernels when they are loaded.
 DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
+OLDEST_CUDA_ARCH = (8, 0)  # has matrix products of bfloat16, and copies past the registers
 CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # at::parallel_for is a header that needs OpenMP where it is compiled. It must run on the OpenMP
 # library that torch brings and configures (torch.set_num_threads), so none is linked here.
@@ -149,6 +151,29 @@ def why_no_cuda(torch, cpp_extension) -> str:
     return ""
 
 
+def cuda_archs(requested: str) -> str:
+    """The architectures of a TORCH_CUDA_ARCH_LIST that the kernels can be compiled for."""
+    archs = requested.replace(";", " ").split()
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", arch):
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: expected versions like 8.0, 9.0a or 8.0+PTX, got {arch!r}"
+            )
+    kept = [
+        arch
+        for arch in archs
+        if tuple(int(number) for number in re.findall(r"\d+", arch)) >= OLDEST_CUDA_ARCH
+    ]
+    needed = "the CUDA kernels need {}.{} or later".format(*OLDEST_CUDA_ARCH)
+    if not kept:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST: {needed}, got {requested!r}; without them: BLOCKDROP_BUILD=cpu"
+        )
+    if left_out := [arch for arch in archs if arch not in kept]:
+        warn(f"TORCH_CUDA_ARCH_LIST: {needed}; left out: {' '.join(left_out)}")
+    return ";".join(kept)
+
+
 def warn(message: str) -> None:
     """Say it where pip shows it under -v and setup.py always."""
     print(f"\n{'*' * 78}\n* {PACKAGE}: {message}\n{'*' * 78}\n", file=sys.stderr, flush=True)
@@ -185,7 +210,8 @@ def make_extension(choice: BuildChoice):
         *((f"BLOCKDROP_HAVE_{isa.upper()}", "1") for isa in isa_variants()),
     ]
     if cuda:
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        archs = cuda_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # torch's builder reads it
         macros += [
             ("BLOCKDROP_WITH_CUDA", "1"),
             ("BLOCKDROP_CUDA_VERSION", f'"{torch.version.cuda}"'),

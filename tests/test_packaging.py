@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -109,6 +110,41 @@ def test_asking_for_cuda_in_vain_is_an_error(source_tree):
     result = run(source_tree, "setup.py", "--version", BLOCKDROP_BUILD="cuda")
     assert result.returncode != 0
     assert "is a build without CUDA" in result.stderr
+
+
+@pytest.mark.parametrize(("requested", "archs", "left_out"), [
+    ("8.0+PTX;9.0a", "8.0+PTX;9.0a", None),
+    ("7.5 8.0 8.6 9.0 10.0+PTX", "8.0;8.6;9.0;10.0+PTX", "left out: 7.5\n"),
+    ("5.2;7.0;7.5+PTX;12.0f", "12.0f", "left out: 5.2 7.0 7.5+PTX\n"),
+])  # fmt: skip
+def test_old_architectures_are_left_out(requested, archs, left_out, capsys):
+    """Containers come with TORCH_CUDA_ARCH_LIST set, and 7.5 in it."""
+    assert runpy.run_path(ROOT / "setup.py")["cuda_archs"](requested) == archs
+    said = capsys.readouterr().err
+    assert left_out in said if left_out else not said
+
+
+@pytest.mark.parametrize(("requested", "message"), [
+    ("7.0 7.5+PTX", "CUDA kernels need 8.0 or later, got '7.0 7.5.PTX'; .* BLOCKDROP_BUILD=cpu"),
+    ("8.0;Hopper", "expected versions like 8.0, 9.0a or 8.0.PTX, got 'Hopper'"),
+])  # fmt: skip
+def test_no_architecture_left_is_an_error(requested, message):
+    with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST: .*{message}"):
+        runpy.run_path(ROOT / "setup.py")["cuda_archs"](requested)
+
+
+def test_gpu_build_is_for_the_gpu_at_hand(tmp_path):
+    """Whatever TORCH_CUDA_ARCH_LIST was set to; the Python it runs tells of its calls."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\n[ "$1" = - ] && echo 9.0a || echo "$TORCH_CUDA_ARCH_LIST, $BLOCKDROP_BUILD: $*"'
+    )
+    python.chmod(0o755)
+    environment = {"PYTHON": str(python), "TORCH_CUDA_ARCH_LIST": "7.5 8.0", "PATH": os.defpath}
+    script = ROOT / ".ci" / "gpu-build"
+    done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "9.0a, cuda: setup.py -q build_ext --inplace" in done.stdout
 
 
 def test_no_compiler_installs_with_a_warning(source_tree):
