@@ -4,6 +4,7 @@ from blockdrop_fast import heuristics
 from blockdrop_fast.engine import Engine, compile
 from blockdrop_fast.measure.evaluation import Evaluation, evaluate
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
+from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.checkpoints import (
     CheckpointError,
     load,
@@ -11,8 +12,10 @@ from blockdrop_fast.networks.checkpoints import (
     pretrained,
     save,
 )
+from blockdrop_fast.networks.exits import Exits
 from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.flops import flops
+from blockdrop_fast.networks.halting import HaltingPolicy, WeightedOutput
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.policy import PolicyNetwork, decide, policy_resnet8, policy_resnet10
 from blockdrop_fast.networks.resnet import (
@@ -26,20 +29,26 @@ from blockdrop_fast.networks.resnet import (
     resnet_cifar,
     resnet_imagenet,
 )
+from blockdrop_fast.networks.sequential import SequentialPolicy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockDrop",
+    "Cascade",
     "CheckpointError",
     "Engine",
     "Evaluation",
+    "Exits",
     "FixedPolicy",
+    "HaltingPolicy",
     "LookPolicy",
     "Output",
     "PolicyNetwork",
     "ResNet",
     "ResNetConfig",
+    "SequentialPolicy",
+    "WeightedOutput",
     "compile",
     "decide",
     "evaluate",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.exits import Exits, confidence_features
+from blockdrop_fast.networks.halting import HaltingPolicy
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
+from blockdrop_fast.networks.sequential import SequentialPolicy
 
 IMAGES = 64  # a tolerance measured on images means something from here on
 
@@ -106,6 +110,74 @@ def make_look_model(
             head.bias -= logits.mean(0) - torch.linspace(-1, 2, len(sets))
             menu.calibrate(model.policy_logits(images), sets.sum(1).float().mean().item())
     return model, images
+
+
+GATED = ("sequential", "halting", "halting hard", "exits")
+
+
+def make_gated_model(
+    kind: str, config: ResNetConfig = CIFAR, seed: int = 0
+) -> tuple[BlockDrop, Tensor]:
+    """A model that decides on the way, of one of ``GATED``, and images that it treats unlike."""
+    images, backbone = make_images(config, IMAGES, seed), make_network(config, seed)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        if kind == "sequential":
+            policy = _sequential(backbone, images)
+        elif kind == "exits":
+            policy = _exits(backbone, images)
+        else:
+            policy = _halting(backbone, images, hard=kind == "halting hard")
+    return BlockDrop(backbone, policy).eval(), images
+
+
+def _sequential(backbone: ResNet, images: Tensor) -> SequentialPolicy:
+    """Every gate keeps half of the images, and is not close to one."""
+    policy = SequentialPolicy(backbone.config)
+
+    def halve(k: int, logit: Tensor) -> Tensor:
+        bias = logit.quantile(0.5)
+        policy.gates[k].bias -= bias
+        return logit >= bias
+
+    policy.run_with(backbone, images, halve)
+    return policy
+
+
+def _halting(backbone: ResNet, images: Tensor, hard: bool) -> HaltingPolicy:
+    """Every head halts about half of the images that reach it; others' scores are smaller."""
+    policy = HaltingPolicy(backbone.config, hard).eval()
+    randomise_batch_norm(policy, 0)
+    for head in policy.heads:
+        if isinstance(head, nn.Identity):
+            continue
+        seen: list[Tensor] = []
+        hook = head.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        policy.run_with(backbone, images)
+        hook.remove()
+        nn.init.normal_(head[1].weight)
+        logits = head(seen[0])
+        scale = 4 / logits.std()
+        head[1].weight *= scale
+        head[1].bias.copy_(math.log(99) - scale * (logits - head[1].bias).median())
+    return policy
+
+
+def _exits(backbone: ResNet, images: Tensor) -> Exits:
+    """A third of the images leaves at each exit, by thresholds and by rules of all features."""
+    num_blocks = backbone.num_blocks
+    policy = Exits(backbone.config, sorted({1, num_blocks // 2, num_blocks - 1} - {0}))
+    for head in policy.heads:
+        nn.init.normal_(head.weight, std=1.0)
+    logits, rules = policy.logits_of(backbone, images), torch.randn(len(policy.exits), 6)
+    rules[0, :5] = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
+    staying = torch.ones(len(images), dtype=torch.bool)
+    for rule, one in zip(rules, logits, strict=False):
+        score = confidence_features(one) @ rule[:5]
+        rule[5] = -score[staying].quantile(2 / 3)
+        staying &= score + rule[5] < 0
+    policy.set_rules(rules)
+    return policy
 
 
 def make_policy_of_logits(logits: Sequence[float]) -> PolicyNetwork:

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from blockdrop_fast.networks.fixed import FixedPolicy
+from blockdrop_fast.networks.gated import GatedPolicy, Output
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.policy import PolicyNetwork, decisions_of
 from blockdrop_fast.networks.resnet import ResNet
 
-AnyPolicy = PolicyNetwork | LookPolicy | FixedPolicy
-
-
-class Output(NamedTuple):
-    """What a BlockDrop model or engine returns.
-
-    Attributes:
-        logits: (B, num_classes).
-        decisions: (B, K) bool, True = the block was kept.
-    """
-
-    logits: Tensor
-    decisions: Tensor
+AnyPolicy = PolicyNetwork | LookPolicy | FixedPolicy | GatedPolicy
 
 
 class BlockDrop(nn.Module):
@@ -33,7 +21,8 @@ class BlockDrop(nn.Module):
     Args:
         backbone: whose blocks are kept or dropped.
         policy: a network of its own, which looks at the image, or a head that looks at what the
-            backbone's first blocks see; or one that does not look at all.
+            backbone's first blocks see; one that does not look at all; or gates on the way
+            (``SequentialPolicy``, ``HaltingPolicy``, ``Exits``).
 
     Raises:
         ValueError: the policy is one for another backbone.
@@ -53,6 +42,8 @@ class BlockDrop(nn.Module):
                     f"policy: looks at {policy.channels} channels after block {policy.after}, but "
                     f"the backbone's first segment has {channels} channels and {first} blocks"
                 )
+        if isinstance(policy, GatedPolicy):
+            policy.check_backbone(backbone.config)
         self.backbone = backbone
         self.policy = policy
 
@@ -61,7 +52,14 @@ class BlockDrop(nn.Module):
 
         Args:
             budget: mean kept blocks, of a policy with a menu; see ``PolicyNetwork.decide``.
+
+        Returns:
+            ``Output``; of a ``HaltingPolicy`` that is not hard, ``WeightedOutput``.
         """
+        if isinstance(self.policy, GatedPolicy):
+            if budget is not None:
+                raise ValueError(f"budget: expected none, gates decide at one usage, got {budget}")
+            return self.policy.run(self.backbone, images)
         logits, decisions, _ = self.forward_with(
             images, lambda logits: self._decisions_of(logits, budget), active_only=False
         )
@@ -73,7 +71,9 @@ class BlockDrop(nn.Module):
         choose: Callable[[Tensor], Tensor],
         active_only: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One differentiable forward at decisions that are chosen on the way.
+        """One differentiable forward at decisions that are chosen from the policy's logits.
+
+        Gates have a ``run_with`` of their own.
 
         Args:
             images: (B, 3, H, W) normalised.
@@ -99,12 +99,16 @@ class BlockDrop(nn.Module):
 
     def policy_logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images -> (B, K), or (B, M) with a menu: the policy's logits."""
+        if isinstance(self.policy, GatedPolicy):
+            raise TypeError("policy: gates on the way have no logits before the backbone has run")
         if isinstance(self.policy, LookPolicy):
             return self.policy.logits_from(self.backbone.features(images, self.policy.after))
         return self.policy.logits(images)
 
     def decide(self, images: Tensor, budget: float | None = None) -> Tensor:
         """(B, 3, H, W) normalised images -> (B, K) bool decisions; ``budget`` as of ``forward``."""
+        if isinstance(self.policy, GatedPolicy):
+            return self(images, budget).decisions
         return self._decisions_of(self.policy_logits(images), budget)
 
     def _decisions_of(self, logits: Tensor, budget: float | None) -> Tensor:

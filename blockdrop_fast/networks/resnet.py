@@ -78,6 +78,17 @@ class ResNetConfig:
         return tuple(width * expansion for width in self.widths)
 
     @property
+    def block_channels(self) -> tuple[tuple[int, int], ...]:
+        """(channels in, channels out) of each of the K blocks, in order."""
+        channels = 64 if self.stem == "imagenet" else self.widths[0]
+        pairs = []
+        for layers, out_channels in zip(self.layers, self.channels, strict=True):
+            for _ in range(layers):
+                pairs.append((channels, out_channels))
+                channels = out_channels
+        return tuple(pairs)
+
+    @property
     def size_multiple(self) -> int:
         """Image height and width must be multiples of this.
 
@@ -319,7 +330,7 @@ class ResNet(nn.Module):
 
     def _run(self, x: Tensor, some: range, decisions: Tensor | None, active_only: bool) -> Tensor:
         """Those of the K blocks, given the input of the first of them."""
-        run = _active_block if active_only else _masked_block
+        run = active_block if active_only else masked_block
         for k, (block, shortcut) in islice(enumerate(self.blocks()), some.start, some.stop):
             if decisions is None:
                 x = F.relu(shortcut(x) + block(x))
@@ -351,16 +362,22 @@ class ResNet(nn.Module):
         )
 
 
-def _masked_block(block: nn.Module, shortcut: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
-    """One block for all images, dropped ones masked afterwards: readable, and saves nothing."""
+def masked_block(block: nn.Module, shortcut: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+    """One block for all images, dropped ones masked afterwards: readable, and saves nothing.
+
+    Args:
+        block, shortcut: of ``ResNet.blocks``.
+        x: (B, C, H, W), the block's input.
+        keep: (B,) bool.
+    """
     residual = shortcut(x)
     if not keep.any():
         return residual
     return torch.where(keep[:, None, None, None], F.relu(residual + block(x)), residual)
 
 
-def _active_block(block: nn.Module, shortcut: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
-    """One block for its active images only, gathered before and put back after."""
+def active_block(block: nn.Module, shortcut: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+    """``masked_block`` for its active images only, gathered before and put back after."""
     residual = shortcut(x)
     active = keep.nonzero().squeeze(1)
     if active.numel() == 0:

@@ -1,0 +1,64 @@
+"""Network selection: a cascade of whole networks, of which an image runs as many as it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from blockdrop_fast.networks.exits import NEVER, leaves_by, threshold_rules
+from blockdrop_fast.networks.gated import Output
+from blockdrop_fast.networks.resnet import ResNet
+
+
+class Cascade(nn.Module):
+    """Networks from small to large; an image that one of them is sure of does not reach the next.
+
+    Bolukbasi et al., "Adaptive Neural Networks for Efficient Inference", network selection. Costs
+    add up: an image that reaches the last network has run all of them.
+
+    Args:
+        networks: two or more, of the same classes and the same normalisation of images.
+
+    Attributes:
+        networks: as above, N of them.
+        rules: (N - 1, 6), a buffer: who stays at each network but the last; as of ``Exits``. New
+            cascades send every image on to the end.
+
+    Raises:
+        ValueError: no such networks.
+    """
+
+    def __init__(self, networks: Sequence[ResNet]):
+        super().__init__()
+        if len(networks) < 2:
+            raise ValueError(f"networks: expected two or more, got {len(networks)}")
+        classes = [network.config.num_classes for network in networks]
+        if len(set(classes)) > 1:
+            raise ValueError(f"networks: expected of the same classes, got {classes} of them")
+        if any(network.normalization != networks[0].normalization for network in networks):
+            raise ValueError("networks: expected the same normalisation of images for all")
+        self.networks = nn.ModuleList(networks)
+        self.register_buffer("rules", torch.tensor([NEVER] * (len(networks) - 1)))
+
+    def set_thresholds(self, thresholds: Sequence[float]) -> None:
+        """Let an image stay where its largest probability is at least the network's threshold.
+
+        Raises:
+            ValueError: not one for each network but the last, or outside of 0…1.
+        """
+        self.rules.copy_(threshold_rules(thresholds, len(self.rules)))
+
+    def forward(self, images: Tensor) -> Output:
+        """(B, 3, H, W) images -> logits, and as decisions (B, N) bool: which networks ran."""
+        logits = self.networks[0](images)
+        decisions = torch.zeros(len(images), len(self.networks), dtype=torch.bool)
+        decisions = decisions.to(images.device)
+        decisions[:, 0] = True
+        index = torch.arange(len(images), device=images.device)
+        for n, (network, rule) in enumerate(zip(self.networks[1:], self.rules, strict=True), 1):
+            index = index[~leaves_by(logits[index], rule)]
+            decisions[index, n] = True
+            logits = logits.index_copy(0, index, network(images[index]))
+        return Output(logits, decisions)
