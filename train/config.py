@@ -58,6 +58,9 @@ class Pretrain(Common):
     """Peak of the one-cycle schedule (SGD with Nesterov momentum)."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    held_out: int = 0
+    """Training images that are not trained on: those that later stages with the same --seed and
+    number hold out, too. Rules of exits and cascades need some that no network has seen."""
     drop_rate: float = 0.0
     """Stochastic depth, drawn for each image: the last block's probability of being dropped,
     falling linearly towards the first block. 0: none."""

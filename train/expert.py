@@ -39,6 +39,7 @@ from train.loop import (
     evaluation_metrics,
     plain_batches,
     prepare,
+    split,
     static_accuracies_of,
 )
 from train.upcycling import upcycle
@@ -155,22 +156,6 @@ class _WithClasses(nn.Module):
         finally:
             hook.remove()
         return value, self.classes(features[0])
-
-
-def split(
-    image_set: ImageSet | ImageFolder, held_out: int, seed: int
-) -> tuple[ImageSet | ImageFolder, ImageSet | ImageFolder]:
-    """Divide a training split at random: images to calibrate on, and images to train on.
-
-    Raises:
-        ValueError: nothing would be left of one of the two.
-    """
-    if not 0 < held_out < len(image_set):
-        raise ValueError(f"held_out: expected 1 to {len(image_set) - 1}, got {held_out}")
-    order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(seed))
-    return tuple(
-        image_set.take(part.sort().values) for part in (order[:held_out], order[held_out:])
-    )
 
 
 @torch.no_grad()

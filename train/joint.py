@@ -23,7 +23,7 @@ from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import decisions_of
 from train.config import Joint
 from train.distillation import distillation_loss, load_teacher
-from train.expert import calibrate, outcomes, split
+from train.expert import calibrate, outcomes
 from train.loop import (
     EVALUATION_BATCH,
     MODEL_FILE,
@@ -38,6 +38,7 @@ from train.loop import (
     plain_batches,
     prepare,
     sampling_generator,
+    split,
     static_accuracies_of,
 )
 

@@ -302,6 +302,22 @@ def prepare(config: Common) -> tuple[torch.device, Dataset]:
     return device, Dataset(train, test, dataset.name, dataset.classes)
 
 
+def split(
+    image_set: ImageSet | ImageFolder, held_out: int, seed: int
+) -> tuple[ImageSet | ImageFolder, ImageSet | ImageFolder]:
+    """Divide a training split at random: images that are held out, and images to train on.
+
+    Raises:
+        ValueError: nothing would be left of one of the two.
+    """
+    if not 0 < held_out < len(image_set):
+        raise ValueError(f"held_out: expected 1 to {len(image_set) - 1}, got {held_out}")
+    order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(seed))
+    return tuple(
+        image_set.take(part.sort().values) for part in (order[:held_out], order[held_out:])
+    )
+
+
 def autocast(config: Common, device: torch.device) -> AbstractContextManager:
     """Mixed precision of training passes where the device has it."""
     if _in_bfloat16(config, device):

@@ -10,6 +10,7 @@ published network's 82.56 % to 88.68 %, 11 minutes of training steps.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from train.loop import (
     plain_batches,
     prepare,
     sampling_generator,
+    split,
 )
 
 RECALIBRATION_IMAGES = 2000
@@ -50,6 +52,8 @@ def pretrain(config: Pretrain) -> None:
     """
     _check(config)
     device, dataset = prepare(config)
+    if config.held_out:
+        dataset = replace(dataset, train=split(dataset.train, config.held_out, config.seed)[1])
     backbone = _make_backbone(config, dataset).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         backbone.parameters(),

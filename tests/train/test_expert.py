@@ -11,7 +11,8 @@ from blockdrop_fast.data.batches import batches_of, load_digits
 from blockdrop_fast.data.image_sets import NO_NORMALIZATION
 from tests.random_networks import CIFAR, make_look_model, make_network
 from train.config import Expert, Pretrain
-from train.expert import EXAMPLES_FILE, expert, make_examples, split, spread_sizes
+from train.expert import EXAMPLES_FILE, expert, make_examples, spread_sizes
+from train.loop import split
 from train.pretrain import pretrain
 
 FEW = {"limit": 400, "batch_size": 32, "threads": 1}
