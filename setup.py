@@ -19,6 +19,7 @@ are left out. csrc/README.md explains what such files may contain.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -79,11 +80,15 @@ BUILD_FAILED = f"""
 
 @dataclass(frozen=True)
 class BuildChoice:
-    """What to compile, and why the rest is not."""
+    """What to compile, and why the rest is not.
+
+    ``cuda_sources`` says which CUDA kernels: see blockdrop_fast/executors/proven.py.
+    """
 
     torch: str | None
     why_no_extension: str = ""
     why_no_cuda: str = ""
+    cuda_sources: str = ""
 
     def write(self, package_dir: Path) -> None:
         """Record the choice beside the installed modules, for ``blockdrop info``."""
@@ -117,7 +122,8 @@ def choose_build() -> BuildChoice:
         raise SystemExit(f"{PACKAGE}: BLOCKDROP_BUILD=cuda, but {cuda_missing}")
     if cuda_missing:
         warn(f"{cuda_missing}: building the CPU kernels only")
-    return BuildChoice(torch.__version__, why_no_cuda=cuda_missing)
+        return BuildChoice(torch.__version__, why_no_cuda=cuda_missing)
+    return BuildChoice(torch.__version__, cuda_sources=hash_cuda_sources())
 
 
 def locate_cuda() -> None:
@@ -184,6 +190,15 @@ def sources() -> list[str]:
     found = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
     isa_sources = {source for isa in ISA_FLAGS for source in variant_sources(isa)}
     return sorted({str(path.relative_to(ROOT)) for path in found} - isa_sources)
+
+
+def hash_cuda_sources() -> str:
+    """SHA-256 of what the CUDA kernels are compiled from, flags included."""
+    found = hashlib.sha256(" ".join(NVCC_FLAGS).encode())
+    for pattern in ("csrc/*.h", "csrc/cuda/*.cu", "csrc/cuda/*.cuh", "csrc/cuda/*.h"):
+        for path in sorted(ROOT.glob(pattern)):
+            found.update(f"\n{path.relative_to(ROOT).as_posix()}\n".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def variant_sources(isa: str) -> list[str]:

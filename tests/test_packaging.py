@@ -51,6 +51,9 @@ RUN_SETUP = "runpy.run_path('setup.py', run_name='__main__')"
 
 def test_install_without_kernels_runs_on_references(source_tree, tmp_path):
     target = tmp_path / "installed"
+    record = Path("blockdrop_fast", "executors", "gpus", "some-gpu", "proven.json")
+    (source_tree / record).parent.mkdir()
+    (source_tree / record).write_text("{}")
     result = run(
         source_tree,
         *("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"),
@@ -59,6 +62,7 @@ def test_install_without_kernels_runs_on_references(source_tree, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert not list(target.rglob("*.so"))
+    assert (target / record).exists()
     code = (
         # An editable install of this environment would offer its own _C for the missing one.
         "import sys\n"
@@ -97,6 +101,22 @@ def test_no_torch_is_fine_without_kernels(source_tree):
         BLOCKDROP_BUILD="none",
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_cuda_builds_record_the_sources_of_their_kernels(source_tree):
+    code = "import setup; print(setup.hash_cuda_sources())"
+
+    def hash_now() -> str:
+        return run(source_tree, "-c", code).stdout.strip()
+
+    before = hash_now()
+    assert len(before) == 64
+    (source_tree / "csrc" / "cuda" / "NOTES.md").write_text("Only notes.\n")
+    (source_tree / "csrc" / "cpu" / "plan.cpp").write_text("// of the CPU\n")
+    assert hash_now() == before
+    with open(source_tree / "csrc" / "cuda" / "plan.cu", "a") as file:
+        file.write("// changed\n")
+    assert hash_now() != before
 
 
 def test_unknown_request_is_refused(source_tree):

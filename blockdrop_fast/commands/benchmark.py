@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from blockdrop_fast.engine import compile
 from blockdrop_fast.executors import crossover
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.machine import machine_info
@@ -196,3 +197,5 @@ def _calibrate(workload: Workload, run: Run, copy_to: Path | None) -> None:
     print(calibration.verdict(cells))
     for path in {crossover.user_file(), copy_to} - {None}:
         print(f"written: {crossover.save(config, workload.dtype, device, cells, path)}")
+    engine = compile(workload.model, dtype=workload.dtype)
+    print(f"strategy='auto' is now {engine.strategy}: {engine.strategy_reason}")

@@ -12,6 +12,7 @@ import torch
 import blockdrop_fast
 from blockdrop_fast import ops, triton_kernels
 from blockdrop_fast._extension import build_record, extension_status
+from blockdrop_fast.executors import proven
 
 
 def command(json: bool = False) -> None:
@@ -29,18 +30,14 @@ def info() -> dict[str, Any]:
     Returns:
         "versions": name -> version, None where it cannot be imported.
         "build": what the extension says of its build, empty without one.
-        "devices": the GPUs that torch can use, by name and compute capability.
+        "devices": the GPUs that torch can use: name, compute capability, "proven": which of our
+            strategies have passed their tests there, "record": where that is written, or why not.
         "parts": kernels by name -> {"active": bool, "detail": what is there, "why_not": the
             reason if it is not active, else empty}.
     """
     status = extension_status()
-    devices = [
-        {
-            "name": torch.cuda.get_device_name(index),
-            "capability": list(torch.cuda.get_device_capability(index)),
-        }
-        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    ]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [_device(torch.device("cuda", index)) for index in range(count)]
     return {
         "versions": {
             "blockdrop_fast": blockdrop_fast.__version__,
@@ -85,6 +82,7 @@ def format_info() -> str:
     for device in found["devices"]:
         major, minor = device["capability"]
         lines.append(f"  {device['name']} (compute capability {major}.{minor})")
+        lines.append(f"    {_auto(device)}")
     if not found["devices"]:
         lines.append("  none that torch can use")
     lines.append("Parts")
@@ -93,6 +91,22 @@ def format_info() -> str:
         remark = part["detail"] if part["active"] else part["why_not"]
         lines.append(f"  {name:<20} {state:<11} {remark}")
     return "\n".join(lines)
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    proof = proven.load(device)
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "proven": sorted(proof.strategies),
+        "record": proof.reason,
+    }
+
+
+def _auto(device: dict[str, Any]) -> str:
+    if not device["proven"]:
+        return f"strategy='auto' is plain PyTorch: {device['record']}"
+    return f"strategy='auto' takes what was measured to be fastest: {device['record']}"
 
 
 def arch_runs_on(arch: str, capability: tuple[int, int]) -> bool:

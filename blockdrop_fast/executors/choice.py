@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blockdrop_fast import triton_kernels
 from blockdrop_fast._extension import build_record, extension_status
-from blockdrop_fast.executors import Executor
+from blockdrop_fast.executors import Executor, proven
 from blockdrop_fast.executors.crossover import Crossover
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
@@ -23,11 +23,6 @@ from blockdrop_fast.executors.walk_half import WalkHalfExecutor
 from blockdrop_fast.networks.folding import FoldedNetwork
 
 OLDEST_GPU = (8, 0)  # that the walk's matrix instructions run on
-# Until `make gpu-check` has passed on a GPU, nobody gets those kernels without asking for them.
-GPU_UNPROVEN = (
-    "our GPU kernels have not run on a GPU yet: plain PyTorch; "
-    "strategy='walk' and strategy='gather' ask for them"
-)
 ASKED_FOR = "asked for"
 
 
@@ -74,7 +69,7 @@ def choose(
         TypeError, ValueError: the strategy that was asked for does not serve the network.
     """
     if asked == "auto" and network.stem.weight.is_cuda:
-        return Choice(GatherExecutor(network), GPU_UNPROVEN)
+        return _choose_on_gpu(network, launch, table)
     if asked == "walk":
         return Choice(_make_walk(network), ASKED_FOR)
     if asked == "dense":
@@ -94,6 +89,33 @@ def choose(
         return Choice(walk, reason)
     gather, remark = _make_gather(network, table, launch)
     reason = f"{reason}, but for batch sizes at which gather was faster{remark}"
+    return Choice(walk, reason, gather, table)
+
+
+def _choose_on_gpu(network: FoldedNetwork, launch: Launch, table: Crossover | None) -> Choice:
+    """Our kernels where they have passed their tests and were measured, else plain PyTorch."""
+    proof = proven.load(network.stem.weight.device)
+    why_plain = proof.reason
+    if proof.strategies and table is None:
+        why_plain = "this network was not measured here: `blockdrop benchmark --calibrate`"
+    if not proof.strategies or table is None:
+        ask = "strategy='walk' and strategy='gather' ask for our kernels"
+        return Choice(GatherExecutor(network), f"plain PyTorch, because {why_plain}; {ask}")
+    if "gather" in proof.strategies:
+        gather, remark = _make_gather(network, table, launch)
+    else:
+        gather, remark = GatherExecutor(network), "; gather by plain PyTorch"
+    passed = f"; {proof.reason}"
+    if "walk" not in proof.strategies:
+        return Choice(gather, f"the walk has not passed its tests here{remark}{passed}")
+    walk, reason = _find_walk(network)
+    if walk is None:
+        return Choice(gather, f"{reason}{remark}{passed}")
+    if not table.walk_wins_somewhere():
+        return Choice(gather, f"the walk was faster at no batch size{remark}{passed}")
+    if not table.walk_loses_somewhere():
+        return Choice(walk, f"{reason}{passed}")
+    reason = f"{reason}, but for batch sizes at which gather was faster{remark}{passed}"
     return Choice(walk, reason, gather, table)
 
 

@@ -10,24 +10,19 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.executors import measured
 from blockdrop_fast.machine import cpu_model, machine_info
 from blockdrop_fast.networks.resnet import ResNetConfig
 
-CACHE_VARIABLE = "BLOCKDROP_CACHE"
 FILE_NAME = "crossover.json"
 FORMAT = "blockdrop_fast crossover 1"
 NEVER = 2.0  # a share that none reaches
-# Tables that come with the package; the user's own take precedence.
-PACKAGED_FILE = Path(__file__).with_name(FILE_NAME)
 
 
 @dataclass(frozen=True)
@@ -100,9 +95,13 @@ class Crossover:
             for cell in cells
         )
 
+    def walk_wins_somewhere(self) -> bool:
+        """Whether there is a batch size at which the walk won."""
+        return any(self.walk_wins(cell.batch) for cell in self.cells)
+
     def walk_loses_somewhere(self) -> bool:
         """Whether there is a batch size at which the walk was measured and did not win."""
-        return any(self.walk_wins(batch) is False for batch in {cell.batch for cell in self.cells})
+        return any(self.walk_wins(cell.batch) is False for cell in self.cells)
 
     def _nearest(self, batch: int) -> list[Cell]:
         if batch < 1:
@@ -113,9 +112,8 @@ class Crossover:
 
 
 def user_file() -> Path:
-    """Where a user's measurements are kept: in the folder BLOCKDROP_CACHE, or in ~/.cache."""
-    folder = os.environ.get(CACHE_VARIABLE)
-    return Path(folder or Path.home() / ".cache" / "blockdrop_fast") / FILE_NAME
+    """Where a user's measurements are kept."""
+    return measured.user_file(FILE_NAME)
 
 
 def load(config: ResNetConfig, dtype: torch.dtype, device: torch.device | str) -> Crossover | None:
@@ -132,7 +130,7 @@ def load(config: ResNetConfig, dtype: torch.dtype, device: torch.device | str) -
         None if this combination was not measured.
     """
     wanted = _key(config, dtype, torch.device(device))
-    for path in (user_file(), PACKAGED_FILE):
+    for path in measured.files(FILE_NAME):
         for entry in _read(path):
             if entry["key"] == wanted:
                 return Crossover(_cells(entry), f"{path}, {entry['measured']}")
@@ -162,10 +160,7 @@ def save(
         OSError: it cannot be written.
     """
     path, cells = Path(path or user_file()), list(cells)
-    path.parent.mkdir(parents=True, exist_ok=True)
     entries = _read(path)
-    if path.exists() and not entries:
-        path.replace(path.with_name(path.name + ".unreadable"))
     wanted, replaced = _key(config, dtype, torch.device(device)), {cell.batch for cell in cells}
     old = [entry for entry in entries if entry["key"] == wanted]
     kept = [cell for entry in old for cell in _cells(entry) if cell.batch not in replaced]
@@ -175,10 +170,8 @@ def save(
         "machine": machine_info(device),
         "cells": [asdict(cell) for cell in sorted(kept + cells, key=lambda c: (c.batch, c.keep))],
     }
-    others = [entry for entry in entries if entry["key"] != wanted]
-    content = {"format": FORMAT, "entries": [*others, entry]}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+    others = [one for one in entries if one["key"] != wanted]
+    measured.write(path, FORMAT, entries, [*others, entry])
     return path
 
 
@@ -197,25 +190,13 @@ def _key(config: ResNetConfig, dtype: torch.dtype, device: torch.device) -> dict
 
 
 def _read(path: Path) -> list[dict]:
-    """The tables of a file; none, and a warning, if it is not such a file."""
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r}, expected {FORMAT!r}")
-        for entry in content["entries"]:
-            if not isinstance(entry["key"], dict) or not isinstance(entry["measured"], str):
-                raise ValueError("a table has no key or no day")
-            _cells(entry)
-        return content["entries"]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(
-            f"crossover: {path} is no table of `blockdrop benchmark --calibrate` and is ignored "
-            f"({type(error).__name__}: {error})",
-            stacklevel=3,
-        )
-        return []
+    return measured.read(path, FORMAT, _check)
+
+
+def _check(entry: dict) -> None:
+    if not isinstance(entry["key"], dict) or not isinstance(entry["measured"], str):
+        raise ValueError("a table has no key or no day")
+    _cells(entry)
 
 
 def _cells(entry: dict) -> tuple[Cell, ...]:

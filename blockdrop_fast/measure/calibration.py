@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blockdrop_fast import heuristics, triton_kernels
+from blockdrop_fast.executors import proven
 from blockdrop_fast.executors.crossover import NEVER, Cell, Crossover
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
@@ -140,6 +141,7 @@ def make_gather(
         weight.is_cuda
         and weight.dtype in GRAPH_DTYPES
         and not triton_kernels.why_not(weight.device)
+        and proven.load(weight.device).strategies != {"walk"}  # ours did not pass
     ):
         return GraphGatherExecutor(network, dense_from)
     return GatherExecutor(network, dense_from)

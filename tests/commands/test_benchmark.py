@@ -10,7 +10,7 @@ import torch
 import blockdrop_fast as bdf
 from blockdrop_fast.commands import benchmark, cli
 from blockdrop_fast.commands.benchmark import plan_runs
-from blockdrop_fast.executors import crossover
+from blockdrop_fast.executors import crossover, measured
 from blockdrop_fast.measure.contenders import contender_names
 from tests.random_networks import make_model
 
@@ -82,13 +82,14 @@ def test_command_line_knows_the_options(model, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_calibrate_remembers_what_it_measures(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(crossover.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(measured.CACHE_VARIABLE, str(tmp_path / "cache"))
     path, copy = tmp_path / "small.safetensors", tmp_path / "copy.json"
     bdf.save(model, path)
     benchmark.command(str(path), batch=(16,), quick=True, calibrate=True, json=copy)
     printed = capsys.readouterr().out
     assert "slower than dense by more than 3 %" in printed
     assert str(copy) in printed
+    assert "strategy='auto' is now " in printed
     found = crossover.load(model.backbone.config, torch.float32, "cpu")
     assert {cell.batch for cell in found.cells} == {16}
     assert (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast.executors import crossover
+from blockdrop_fast.executors import crossover, measured
 from blockdrop_fast.executors.crossover import NEVER, Cell, Crossover
 
 CONFIG = bdf.resnet_cifar(8).config
@@ -18,8 +18,8 @@ CONFIG = bdf.resnet_cifar(8).config
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """Neither the user's tables nor packaged ones reach these tests."""
-    monkeypatch.setenv(crossover.CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(crossover, "PACKAGED_FILE", tmp_path / "packaged.json")
+    monkeypatch.setenv(measured.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(measured, "PACKAGED", tmp_path / "gpus")
     return tmp_path / "cache" / crossover.FILE_NAME
 
 
@@ -72,6 +72,9 @@ def test_the_walk_has_to_win_at_every_keep_rate():
     assert table(cells[1]).walk_wins(8) is True
     assert table(*cells).walk_loses_somewhere()
     assert not table(cells[1], *make_cells(64, {0.5: 0.1})).walk_loses_somewhere()
+    assert table(cells[1]).walk_wins_somewhere()
+    assert not table(*cells).walk_wins_somewhere()
+    assert not table(*make_cells(64, {0.5: 0.1})).walk_wins_somewhere()
 
 
 def test_saved_tables_are_merged_and_found(cache):
@@ -106,10 +109,11 @@ def test_the_number_of_threads_is_part_of_the_device():
 
 def test_the_users_table_precedes_the_packaged_one(cache):
     packaged = make_cells(1, {0.5: 0.6})
-    crossover.save(CONFIG, torch.float32, "cpu", packaged, crossover.PACKAGED_FILE)
+    packaged_file = measured.PACKAGED / "some-gpu" / crossover.FILE_NAME
+    crossover.save(CONFIG, torch.float32, "cpu", packaged, packaged_file)
     found = crossover.load(CONFIG, torch.float32, "cpu")
     assert list(found.cells) == packaged
-    assert str(crossover.PACKAGED_FILE) in found.source
+    assert str(packaged_file) in found.source
     own = make_cells(1, {0.5: 0.9})
     crossover.save(CONFIG, torch.float32, "cpu", own)
     assert list(crossover.load(CONFIG, torch.float32, "cpu").cells) == own
@@ -145,10 +149,10 @@ SPOILED = {
 def test_a_corrupt_or_foreign_file_is_warned_of_and_kept_aside(cache, fault):
     cache.parent.mkdir()
     cache.write_text(SPOILED[fault]())
-    with pytest.warns(UserWarning, match=r"crossover: .*crossover\.json is no table"):
+    with pytest.warns(UserWarning, match=r"crossover\.json is no file of the format"):
         assert crossover.load(CONFIG, torch.float32, "cpu") is None
     cells = make_cells(1, {0.5: 0.6})
-    with pytest.warns(UserWarning, match="is no table"):
+    with pytest.warns(UserWarning, match="is no file of"):
         crossover.save(CONFIG, torch.float32, "cpu", cells)
     assert list(crossover.load(CONFIG, torch.float32, "cpu").cells) == cells
     assert cache.with_name("crossover.json.unreadable").read_text() == SPOILED[fault]()
