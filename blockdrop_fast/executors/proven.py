@@ -1,7 +1,7 @@
 """Which GPUs our kernels have passed their tests on: ``auto`` takes them there, and nowhere else.
 
-`make gpu-check` writes a record of whose tests have passed. It holds for one model of GPU, the sources
-of the kernels, and one minor version of torch, whose Triton, cuDNN and CUDA graphs they use.
+`make gpu-check` writes a record of whose tests have passed. It holds for one model of GPU, the
+sources of the kernels, and one minor version of torch, whose Triton and cuDNN they use.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ To add a contender, add a line to ``CONTENDERS``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -158,6 +159,7 @@ def measure(
     rounds: int,
     min_seconds: float = 0.0,
     host: bool = False,
+    attempt: timing.Attempt = nullcontext,
 ) -> Measurement:
     """Check and time contenders at one batch size, in one round-robin.
 
@@ -167,6 +169,7 @@ def measure(
         contenders: names out of ``CONTENDERS``, at least one of them an available baseline.
         rounds, min_seconds: see ``timing.interleave``.
         host: on a GPU, also time from call to synchronised result.
+        attempt: see ``timing.time_contenders``; contenders are also built in it.
 
     Raises:
         WrongLogitsError: a contender is wrong; then none is timed.
@@ -179,12 +182,13 @@ def measure(
             raise ValueError(
                 f"contenders: expected names out of {', '.join(CONTENDERS)}, got {name!r}"
             )
-        try:
-            with torch.no_grad():  # compilers would rather have no inference tensors as weights
-                call = build(name, workload, batches[0][0])
-            built.append(timing.Contender(name, call, CONTENDERS[name][0]))
-        except UnavailableError as error:
-            unavailable[name] = str(error)
+        with attempt(name):
+            try:
+                with torch.no_grad():  # compilers would rather have no inference tensors as weights
+                    call = build(name, workload, batches[0][0])
+                built.append(timing.Contender(name, call, CONTENDERS[name][0]))
+            except UnavailableError as error:
+                unavailable[name] = str(error)
     if not any(contender.kind == "baseline" for contender in built):
         raise ValueError("contenders: expected at least one complete baseline that can run here")
     timed = timing.time_contenders(
@@ -196,7 +200,11 @@ def measure(
         rounds=rounds,
         min_seconds=min_seconds,
         host=host and workload.images.is_cuda,
+        attempt=attempt,
     )
+    built = [contender for contender in built if contender.name in timed.samples]
+    if not any(contender.kind == "baseline" for contender in built):
+        raise RuntimeError("contenders: every complete baseline has failed")
     return Measurement(tuple(_rows(workload, batch, built, timed)), unavailable)
 
 

@@ -10,6 +10,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,9 @@ SETTLE_SECONDS = 0.1
 # How long a GPU is kept busy before a timed call, so that the host is ahead of it when it begins:
 # longer than any engine here takes to launch a batch.
 HEAD_START_SECONDS = 5e-4
+# How often every batch is run before any is timed. On a GPU engines record CUDA graphs for batches
+# that come again, which is no part of a call; elsewhere the check of the logits has run them all.
+WARM_PASSES = {"cuda": 8, "cpu": 0}
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class Timed:
     decisions: dict[str, Tensor | None]
 
 
+Attempt = Callable[[str], AbstractContextManager]
+
+
 def time_contenders(
     contenders: Sequence[Contender],
     batches: Sequence[tuple[Tensor, Tensor]],
@@ -124,8 +131,9 @@ def time_contenders(
     min_seconds: float = 0.0,
     warmup: int = 1,
     host: bool = False,
+    attempt: Attempt = nullcontext,
 ) -> Timed:
-    """Check every contender, then time all of them round-robin.
+    """Check every contender and warm it up, then time all of them round-robin.
 
     Args:
         contenders: with different names.
@@ -136,24 +144,31 @@ def time_contenders(
         check_own: see ``check_contender``.
         rounds, min_seconds, warmup: see ``interleave``.
         host: time on the host, too (see ``interleave``), in a round-robin of its own.
+        attempt: of a contender's name; in this context it is checked and warmed up. If the context
+            swallows what it raises, the others are timed without it.
 
     Raises:
         WrongLogitsError: a contender is wrong; none is timed then.
         ValueError: two contenders of the same name.
     """
+    device = batches[0][0].device
     calls, decisions = {}, {}
     for contender in contenders:
         if contender.name in calls:
             raise ValueError(f"contenders: two are called {contender.name!r}")
-        decisions[contender.name] = check_contender(
-            contender, batches, all_kept, at_decisions, check_own
-        )
 
         def call(index: int, run: Callable = contender.call) -> Tensor | Output:
             return run(*batches[index % len(batches)])
 
-        calls[contender.name] = call
-    options = {"rounds": rounds, "min_seconds": min_seconds, "device": batches[0][0].device}
+        with attempt(contender.name):
+            executed = check_contender(contender, batches, all_kept, at_decisions, check_own)
+            with torch.inference_mode():
+                for index in range(WARM_PASSES[device.type] * len(batches)):
+                    call(index)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # what fails late is this contender's, too
+            decisions[contender.name], calls[contender.name] = executed, call
+    options = {"rounds": rounds, "min_seconds": min_seconds, "device": device}
     with torch.inference_mode():
         samples = interleave(calls, warmup=warmup, **options)
         host_samples = interleave(calls, warmup=0, host=True, **options) if host else {}

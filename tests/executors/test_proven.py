@@ -1,4 +1,4 @@
-"""Records of GPUs that our kernels have passed on, and what ``auto`` makes of them; no GPU needed."""
+"""Records of GPUs that our kernels have passed on, and what ``auto`` makes of them, without one."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -62,6 +64,57 @@ def test_a_wrong_contender_is_not_timed(workload, kind, fault):
             workload.at_decisions,
         )
     assert timed == [32, 32]
+
+
+def test_a_failure_may_be_swallowed(workload):
+    def right(images, _):
+        return workload.model.backbone(images)
+
+    calls = {"wrong": lambda images, _: right(images, _) + 1, "right": right}
+    contenders = [timing.Contender(name, call, "baseline") for name, call in calls.items()]
+    failed = {}
+
+    @contextlib.contextmanager
+    def attempt(name):
+        try:
+            yield
+        except WrongLogitsError as error:
+            failed[name] = str(error)
+
+    timed = timing.time_contenders(
+        contenders,
+        timing.chunks(32, workload.images, workload.decisions),
+        *(workload.all_kept, workload.at_decisions),
+        rounds=1,
+        attempt=attempt,
+    )
+    assert list(timed.samples) == ["right"]
+    assert failed["wrong"].startswith("wrong: ")
+
+
+def test_captures_of_graphs_are_not_timed(workload, monkeypatch):
+    """A graph is recorded when a batch has been seen often enough, here at its fifth call."""
+    events, seen = [], Counter()
+
+    def call(images, _):
+        seen[images.data_ptr()] += 1
+        events.append("capture" if seen[images.data_ptr()] == 5 else "call")
+        return workload.model.backbone(images)
+
+    def stopwatch(run, index):
+        events.append("timed")
+        run(index)
+        return 1.0
+
+    monkeypatch.setattr(timing, "WARM_PASSES", {"cpu": timing.WARM_PASSES["cuda"]})
+    monkeypatch.setattr(timing, "_host_stopwatch", stopwatch)
+    batches = timing.chunks(8, workload.images, workload.decisions)
+    contender = timing.Contender("records", call, "baseline")
+    timing.time_contenders(
+        [contender], batches, workload.all_kept, workload.at_decisions, rounds=15
+    )
+    assert events.count("capture") == 8
+    assert "capture" not in events[events.index("timed") :]
 
 
 @pytest.mark.parametrize("fault", ["decisions", "logits", "shape"])
