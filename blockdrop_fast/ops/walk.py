@@ -1,6 +1,6 @@
 """The walk: a whole CIFAR network image by image, each along its own path.
 
-Kernels: ``csrc/cpu/walk.cpp`` and beside it ``walk_kernels.h``.
+Kernels: ``csrc/cpu/walk.cpp``, and what it is made of beside it.
 
 Packed weights are one float32 vector, so that a kernel finds everything by counting:
 

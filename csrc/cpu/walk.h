@@ -1,5 +1,5 @@
 // What the parts of the CPU walk share: the kernels that exist once for each instruction set
-// (walk_kernels.h, compiled by walk_<isa>.cpp) and the program that calls them (walk.cpp).
+// (walk_kernels.h, compiled by walk_<isa>.cpp) and the programs that call them (walk_program.h).
 //
 // Activations are padded channels-last: [height + 2, width + 2, channels], a border of zeros
 // around the image, so that no convolution tests where it is.

@@ -1,0 +1,70 @@
+#include "cpu/walk_arguments.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "cpu/walk.h"
+#include "walk_network.h"
+
+namespace blockdrop::walk {
+
+Network read_network(const char* name, const at::Tensor& weights, at::IntArrayRef layers,
+                     int64_t num_classes, bool subsample) {
+  TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat, name,
+                   ": expected dtype torch.float32, got ", weights.scalar_type());
+  check_network(weights, layers, num_classes);
+  Network network;
+  network.subsample = subsample;
+  network.num_blocks = 0;
+  network.num_classes = static_cast<int>(num_classes);
+  network.padded_classes = static_cast<int>(round_up(num_classes, kClassMultiple));
+
+  const float* data = weights.const_data_ptr<float>();
+  int64_t offset = 0;
+  auto take_conv = [&](int64_t in_channels, int64_t out_channels) {
+    const int64_t begin = offset;
+    const int64_t values = 9 + (in_channels == out_channels ? kTileProducts : 0);
+    offset += out_channels * (1 + values * in_channels);
+    return offset <= weights.numel() ? data + begin : nullptr;
+  };
+  network.stem = take_conv(kImageChannels, kWidths[0]);
+  int channels = kWidths[0];
+  for (int segment = 0; segment < kSegments; ++segment) {
+    network.layers[segment] = static_cast<int>(layers[segment]);
+    network.num_blocks += network.layers[segment];
+    for (int block = 0; block < network.layers[segment]; ++block) {
+      network.convs.push_back(take_conv(channels, kWidths[segment]));
+      channels = kWidths[segment];
+      network.convs.push_back(take_conv(channels, channels));
+    }
+  }
+  network.classifier = data + std::min(offset, weights.numel());
+  offset += (1 + channels) * static_cast<int64_t>(network.padded_classes);
+  check_length(name, weights, offset, "packed values");
+  return network;
+}
+
+Images read_images(const at::Tensor& images) {
+  TORCH_CHECK_TYPE(images.scalar_type() == at::kFloat, "images: expected dtype torch.float32, got ",
+                   images.scalar_type());
+  check_images(images);
+  const int64_t height = images.size(2), width = images.size(3);
+  TORCH_CHECK_VALUE(height > 0 && width > 0 && height % 4 == 0 && width % 4 == 0,
+                    "images: height and width must be positive multiples of 4, got ", height, "x",
+                    width);
+  TORCH_CHECK_VALUE(
+      (height + 2) * (width + 2) * kWidths[kSegments - 1] <= std::numeric_limits<int>::max(),
+      "images: too large for this kernel, got ", height, "x", width);
+  TORCH_CHECK_VALUE(images.size(0) <= std::numeric_limits<int>::max(),
+                    "images: too many for this kernel, got ", images.size(0));
+  return {images.const_data_ptr<float>(),
+          static_cast<int>(images.size(0)),
+          static_cast<int>(height),
+          static_cast<int>(width),
+          images.stride(0),
+          images.stride(1),
+          images.stride(2),
+          images.stride(3)};
+}
+
+}  // namespace blockdrop::walk

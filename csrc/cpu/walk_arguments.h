@@ -1,0 +1,47 @@
+// What every operator of the CPU walk takes: a batch of images, and a network as packed weights.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace blockdrop::walk {
+
+constexpr int kSegments = 3;
+constexpr int kImageChannels = 3;
+constexpr int kWidths[kSegments] = {16, 32, 64};
+constexpr int kClassMultiple = 16;
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Where the packed weights of each layer begin; the layout is in blockdrop_fast/ops/walk.py.
+struct Network {
+  int layers[kSegments];
+  int num_blocks;
+  int num_classes;
+  int padded_classes;
+  bool subsample;
+  const float* stem;
+  std::vector<const float*> convs;  // [2 * num_blocks]
+  const float* classifier;
+};
+
+// Raises TypeError or ValueError; `name` is the argument's.
+Network read_network(const char* name, const at::Tensor& weights, at::IntArrayRef layers,
+                     int64_t num_classes, bool subsample);
+
+// A batch of images of any strides.
+struct Images {
+  const float* data;
+  int batch, height, width;
+  int64_t image_stride, channel_stride, row_stride, column_stride;
+};
+
+// Raises TypeError or ValueError.
+Images read_images(const at::Tensor& images);
+
+}  // namespace blockdrop::walk

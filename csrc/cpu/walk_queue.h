@@ -1,0 +1,158 @@
+// Who walks which image, and who helps whom; of what is computed on the way nothing is known here.
+//
+// A thread takes an image from a queue and walks it alone, stem to classifier, in buffers that
+// stay in its L2 cache. The last images of a batch (with a batch smaller than the number of
+// threads: all) are walked by several threads together: each layer is cut into parts, a thread
+// claims a part at a time, and goes on to the next layer when all parts are done. Nobody waits
+// for a thread that has not claimed anything, so the walk completes with any number of threads.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace blockdrop::walk {
+
+constexpr int kSpinsBeforeYield = 1024;  // some 10 microseconds, about what a layer takes
+
+inline void relax(int spins) {
+  if (spins >= kSpinsBeforeYield) {  // the thread waited for may not be running
+    std::this_thread::yield();
+    return;
+  }
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A layer of an image that several threads walk: which parts are claimed, and how many are done.
+struct alignas(64) Step {
+  std::atomic<int> claimed{0};
+  std::atomic<int> done{0};
+};
+
+// One thread's way through the steps of an image. Threads that walk it together run the same
+// steps in the same order; one that comes late passes over those that are done.
+class Steps {
+ public:
+  // `steps`: what the threads share of each step; null for a thread that walks alone.
+  explicit Steps(Step* steps) : next_(steps) {}
+
+  bool together() const { return next_ != nullptr; }
+
+  // Runs parts 0 ... num_parts - 1, by whoever claims them, and returns when all are done.
+  template <class Run>
+  void run(int num_parts, const Run& run) {
+    if (!together()) {
+      for (int part = 0; part < num_parts; ++part) run(part);
+      return;
+    }
+    Step& step = *next_++;
+    int part;
+    while ((part = step.claimed.fetch_add(1)) < num_parts) {
+      run(part);
+      step.done.fetch_add(1, std::memory_order_release);
+    }
+    for (int spins = 0; step.done.load(std::memory_order_acquire) < num_parts; ++spins) {
+      relax(spins);
+    }
+  }
+
+ private:
+  Step* next_;
+};
+
+// One thread on one image.
+struct Turn {
+  int position;  // of the image in the queue
+  int slot;      // of the thread that took the image: whose buffers hold it
+  int thread;    // that walks now
+  Steps steps;
+};
+
+class Queue {
+ public:
+  // `max_steps` of one image.
+  Queue(int num_images, int num_threads, int64_t max_steps)
+      : num_images_(num_images),
+        num_threads_(num_threads),
+        max_steps_(max_steps),
+        slots_(num_threads) {
+    if (num_threads_ == 1) return;
+    for (Slot& slot : slots_) slot.steps = std::make_unique<Step[]>(max_steps_);
+  }
+
+  // On each thread calls prepare(thread), then walk(Turn) until all images are walked.
+  template <class Prepare, class Walk>
+  void run(const Prepare& prepare, const Walk& walk) {
+    at::parallel_for(0, num_threads_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        prepare(static_cast<int>(thread));
+        work(static_cast<int>(thread), walk);
+      }
+    });
+  }
+
+ private:
+  enum class State { kIdle, kPreparing, kWalking, kWalkingTogether };
+
+  // What other threads need to know of one, to help with its image.
+  struct Slot {
+    std::atomic<State> state{State::kIdle};
+    int position = 0;
+    std::unique_ptr<Step[]> steps;
+  };
+
+  // Walks images while there are any, then helps with the last ones.
+  template <class Walk>
+  void work(int thread, const Walk& walk) {
+    Slot& own = slots_[thread];
+    while (true) {
+      // Before the queue is asked: a thread that finds it empty sees that this one may have got
+      // the last image.
+      own.state.store(State::kPreparing);
+      const int position = next_.fetch_add(1);
+      if (position >= num_images_) break;
+      own.position = position;
+      const bool together = num_threads_ > 1 && position >= num_images_ - 2 * num_threads_;
+      if (together) {
+        for (int64_t i = 0; i < max_steps_; ++i) {
+          own.steps[i].claimed.store(0, std::memory_order_relaxed);
+          own.steps[i].done.store(0, std::memory_order_relaxed);
+        }
+      }
+      own.state.store(together ? State::kWalkingTogether : State::kWalking);
+      walk(Turn{position, thread, thread, Steps(together ? own.steps.get() : nullptr)});
+    }
+    own.state.store(State::kIdle);
+    // No slot takes another image now.
+    for (int i = 1; i < num_threads_; ++i) {
+      const int slot = (thread + i) % num_threads_;
+      Slot& other = slots_[slot];
+      State state = other.state.load();
+      for (int spins = 0; state == State::kPreparing; ++spins) {
+        relax(spins);
+        state = other.state.load();
+      }
+      if (state == State::kWalkingTogether) {
+        walk(Turn{other.position, slot, thread, Steps(other.steps.get())});
+      }
+    }
+  }
+
+  const int num_images_;
+  const int num_threads_;
+  const int64_t max_steps_;
+  std::vector<Slot> slots_;
+  std::atomic<int> next_{0};
+};
+
+}  // namespace blockdrop::walk
