@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.cascade import Cascade
+from blockdrop_fast.networks.gated import Output
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNet
 
@@ -90,7 +93,8 @@ def make_reference(
         decisions: (N, K) bool, or None.
         dtype: the contenders' precision.
     """
-    return _reference(backbone, lambda one, *inputs: one(*inputs), images, decisions, dtype)
+    given = () if decisions is None else (decisions,)
+    return _reference(backbone, lambda one, *inputs: one(*inputs), images, given, dtype)
 
 
 def make_policy_reference(policy: PolicyNetwork, images: Tensor, dtype: torch.dtype) -> Reference:
@@ -98,15 +102,37 @@ def make_policy_reference(policy: PolicyNetwork, images: Tensor, dtype: torch.dt
 
     Args: as of ``make_reference``.
     """
-    return _reference(policy, lambda one, inputs, _: one.logits(inputs), images, None, dtype)
+    return _reference(policy, lambda one, inputs: one.logits(inputs), images, (), dtype)
+
+
+def make_replay_reference(
+    model: BlockDrop | Cascade, images: Tensor, output: Output, dtype: torch.dtype
+) -> Reference:
+    """The reference of a model that decides on the way, at what it decided.
+
+    Args:
+        model: a cascade, or one whose policy is a ``GatedPolicy``, in eval mode.
+        images, dtype: as of ``make_reference``.
+        output: of the images; its logits are not read.
+    """
+
+    def run(one: BlockDrop | Cascade, inputs: Tensor, *decided: Tensor) -> Tensor:
+        own = type(output)(None, *decided)
+        return (
+            one.replay(inputs, own)
+            if isinstance(one, Cascade)
+            else one.policy.replay(one.backbone, inputs, own)
+        )
+
+    return _reference(model, run, images, output[1:], dtype)
 
 
 @torch.no_grad()
 def _reference(
     module: nn.Module,
-    run: Callable[[nn.Module, Tensor, Tensor | None], Tensor],
+    run: Callable[..., Tensor],
     images: Tensor,
-    decisions: Tensor | None,
+    decided: tuple[Tensor, ...],
     dtype: torch.dtype,
 ) -> Reference:
     # float64 convolutions take half the time in channels-last.
@@ -116,10 +142,10 @@ def _reference(
     exact, eager = [], []
     for start in range(0, len(images), REFERENCE_CHUNK):
         rows = slice(start, start + REFERENCE_CHUNK)
-        keep = None if decisions is None else decisions[rows]
+        given = [one[rows] for one in decided]
         inputs = images[rows].to(dtype=torch.float64, memory_format=layout)
-        exact.append(run(double, inputs, keep))
-        eager.append(run(rounded, images[rows], keep))
+        exact.append(run(double, inputs, *given))
+        eager.append(run(rounded, images[rows], *given))
     logits = torch.cat(exact)
     error = float((torch.cat(eager).double() - logits).abs().max())
     return Reference(logits, 2 * error + 4 * torch.finfo(dtype).eps * float(logits.abs().max()))

@@ -98,13 +98,13 @@ class Exits(GatedPolicy):
         left = torch.stack([*leaves, torch.ones_like(leaves[0])]).int().argmax(0)
         return Output(logits[left, torch.arange(len(left))], self.decisions_at(left))
 
-    def run_decisions(self, backbone: ResNet, images: Tensor, decisions: Tensor) -> Tensor:
-        """Replay: (B, 3, H, W) images, (B, K) bool as ``run`` returns them -> the same logits.
+    def replay(self, backbone: ResNet, images: Tensor, output: Output) -> Tensor:
+        """As of ``GatedPolicy``.
 
         Raises:
             ValueError: see ``exits_of``.
         """
-        left = self.exits_of(decisions)
+        left = self.exits_of(output.decisions)
         return self.logits_of(backbone, images)[left, torch.arange(len(left))]
 
     def decisions_at(self, left: Tensor) -> Tensor:

@@ -69,6 +69,14 @@ class GatedPolicy(nn.Module, ABC):
             ``Output``, or more under the same names.
         """
 
+    def replay(self, backbone: ResNet, images: Tensor, output: Output) -> Tensor:
+        """(B, 3, H, W) images -> (B, num_classes), the logits at what ``run`` decided, given again.
+
+        Args:
+            output: of ``run``, or of another execution; its logits are not read.
+        """
+        return backbone(images, output.decisions)
+
 
 def block_runner(active_only: bool) -> Callable[[nn.Module, nn.Module, Tensor, Tensor], Tensor]:
     """How one block is run for the images that keep it; see ``ResNet.forward``."""

@@ -110,6 +110,12 @@ class HaltingPolicy(GatedPolicy):
             backbone.classifier(x), torch.stack(decisions, 1), torch.stack(weights, 1)
         )
 
+    def replay(self, backbone: ResNet, images: Tensor, output: Output | WeightedOutput) -> Tensor:
+        """As of ``GatedPolicy``."""
+        if self.hard:
+            return super().replay(backbone, images, output)
+        return run_weighted(backbone, images, output.decisions, output.weights)
+
 
 def run_weighted(backbone: ResNet, images: Tensor, decisions: Tensor, weights: Tensor) -> Tensor:
     """Run given decisions and weights: what replays a ``HaltingPolicy``.

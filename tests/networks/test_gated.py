@@ -86,17 +86,11 @@ def test_halting(kind, config):
 
 
 @torch.no_grad()
-def test_replays(config):
-    model, images = in_float64("halting", config)
+@pytest.mark.parametrize("kind", GATED)
+def test_replays(kind, config):
+    model, images = in_float64(kind, config)
     output = model(images)
-    replayed = run_weighted(model.backbone, images, output.decisions, output.weights)
-    torch.testing.assert_close(replayed, output.logits)
-    model, images = in_float64("halting hard", config)
-    output = model(images)
-    torch.testing.assert_close(model.backbone(images, output.decisions), output.logits)
-    model, images = in_float64("exits", config)
-    output = model(images)
-    replayed = model.policy.run_decisions(model.backbone, images, output.decisions)
+    replayed = model.policy.replay(model.backbone, images, output)
     torch.testing.assert_close(replayed, output.logits)
 
 
@@ -152,6 +146,8 @@ def test_cascade():
     stays = sure >= threshold
     assert torch.equal(decisions, torch.stack([torch.ones_like(stays), ~stays], 1))
     torch.testing.assert_close(logits, torch.where(stays[:, None], small(images), large(images)))
+    output = cascade(images)
+    torch.testing.assert_close(cascade.replay(images, output), output.logits)
     cascade.set_thresholds([0.0])
     assert cascade(images).decisions.sum() == 64
 
@@ -227,4 +223,4 @@ def test_bad_input():
     decisions = random_decisions(torch.Generator().manual_seed(0), 2, 5)
     decisions[0] = torch.tensor([0, 1, 1, 0, 0])
     with pytest.raises(ValueError, match="the first 1, 2 or all 5 blocks"):
-        policy.run_decisions(network, images, decisions)
+        policy.replay(network, images, bdf.Output(None, decisions))
