@@ -36,7 +36,9 @@ from blockdrop_fast.measure.tolerance import (
     make_reference,
     make_replay_reference,
 )
+from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.checkpoints import locate
+from blockdrop_fast.networks.gated import GatedPolicy, Output
 from train.config import Common
 from train.loop import EVALUATION_BATCH, normalization_of, plain_batches, prepare
 
@@ -211,9 +213,9 @@ def check(one: Loaded, images: Tensor) -> None:
         reference.check(f"{one.system.name}, batch {batch}", output.logits)
 
 
-def _reference(one: Loaded, images: Tensor, output: bdf.Output) -> Reference:
+def _reference(one: Loaded, images: Tensor, output: Output) -> Reference:
     model = one.engine.model
-    if isinstance(model, bdf.Cascade) or isinstance(getattr(model, "policy", None), GatedPolicy):
+    if isinstance(model, Cascade) or isinstance(getattr(model, "policy", None), GatedPolicy):
         return make_replay_reference(model, images, output, images.dtype)
     return make_reference(one.engine.backbone, images, output.decisions, images.dtype)
 
