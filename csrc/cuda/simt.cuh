@@ -45,6 +45,7 @@ BLOCKDROP_DEVICE uint32_t shuffle(uint32_t value, int lane) {
   return __shfl_sync(kAllLanes, value, lane);
 }
 BLOCKDROP_DEVICE int first_bit(uint32_t word) { return __ffs(static_cast<int>(word)) - 1; }
+BLOCKDROP_DEVICE int popcount(uint32_t word) { return __popc(word); }
 BLOCKDROP_DEVICE int take_ticket(int* counter) { return atomicAdd(counter, 1); }
 
 template <typename T>

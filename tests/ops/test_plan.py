@@ -1,6 +1,7 @@
 """The op `plan`: compiled kernel, reference and definition agree exactly."""
 
 import collections
+import ctypes
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from blockdrop_fast import ops
 from blockdrop_fast._extension import extension_status
+from tests.simt.build import compile_for_cpu, needs_compiler
 
 needs_extension = pytest.mark.skipif(
     not extension_status().loaded, reason=f"no compiled kernels: {extension_status().reason}"
@@ -101,6 +103,42 @@ def test_memory_of_kernels_is_poisoned():
     torch.use_deterministic_algorithms(False)
     assert count_calls() == (allocations, fills - allocations)
     assert allocations >= 3
+
+
+@pytest.fixture(scope="module")
+def plan_of_cuda(tmp_path_factory):
+    """The CUDA kernel's device code, run on the CPU by tests/simt."""
+    library = tmp_path_factory.mktemp("simt") / "plan.so"
+    run = ctypes.CDLL(str(compile_for_cpu("plan_on_cpu.cpp", library, "-shared", "-fPIC"))).run_plan
+    run.argtypes = [*[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_int64]
+
+    def plan(decisions: torch.Tensor):
+        batch, num_blocks = decisions.shape
+        shapes = [(num_blocks, batch), (num_blocks,), (batch,), (2, batch)]
+        buffers = [torch.empty(shape, dtype=torch.int32) for shape in shapes]  # poisoned
+        run(decisions.data_ptr(), *(buffer.data_ptr() for buffer in buffers), batch, num_blocks)
+        return buffers[:3]
+
+    return plan
+
+
+@needs_compiler
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("batch", "num_blocks"), [
+    (0, 5), (1, 1), (7, 0), (31, 33), (33, 32), (1023, 15), (1024, 54), (1025, 64), (2500, 3),
+    (40, 255), (70, 256), (300, 601),
+])  # fmt: skip
+def test_cuda_kernel_on_the_cpu(plan_of_cuda, batch, num_blocks, keep):
+    """More than a step of images, more than 255 blocks: a second pass of the sort."""
+    decisions = random_decisions(batch, num_blocks, keep, seed=batch)
+    assert_same(plan_of_cuda(decisions), ops.plan_reference(decisions))
+
+
+@needs_compiler
+def test_cuda_kernel_on_images_of_very_different_usage(plan_of_cuda):
+    keep = torch.rand(2100, 1, generator=torch.Generator().manual_seed(2))
+    decisions = torch.rand(2100, 300, generator=torch.Generator().manual_seed(3)) < keep
+    assert_same(plan_of_cuda(decisions), ops.plan_reference(decisions))
 
 
 @pytest.mark.parametrize("plan", [ops.plan, ops.plan_reference])

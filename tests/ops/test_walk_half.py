@@ -10,11 +10,7 @@ import copy
 import ctypes
 import functools
 import itertools
-import os
-import shlex
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,24 +38,10 @@ from tests.random_networks import (
 )
 from tests.random_networks import make_cifar_network as make_network
 from tests.random_networks import random_images as make_images
+from tests.simt.build import compile_for_cpu, needs_compiler
 
-ROOT = Path(__file__).parents[2]
-SIMT = ROOT / "tests" / "simt"
-CXX = shlex.split(os.environ.get("CXX", "g++"))
 DTYPES = [torch.bfloat16, torch.float16]
 CLUSTERS = 0  # "thread blocks" that stand for a cluster an image, as for small batches
-
-no_shim = pytest.mark.skipif(
-    shutil.which(CXX[0]) is None or sys.platform != "linux",
-    reason=f"the shim needs Linux and a C++ compiler, and there is no {CXX[0]}"
-    if shutil.which(CXX[0]) is None
-    else "the shim needs Linux",
-)
-
-
-def needs_compiler(test):
-    """For tests of the device code: it takes 15 seconds to compile, and is no quick simulation."""
-    return pytest.mark.slow(no_shim(test))
 
 
 class _Call(ctypes.Structure):
@@ -124,17 +106,6 @@ class Simulator:
             call.layers[i][:] = layers
             call.num_classes[i], call.subsample[i] = num_classes, subsample
         return call
-
-
-def compile_for_cpu(source: str, output: Path, *flags: str) -> Path:
-    command = [
-        *CXX,
-        *("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-        *(f"-I{SIMT}", f"-I{ROOT / 'csrc'}", *flags, str(SIMT / source), "-o", str(output)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return output
 
 
 @pytest.fixture(scope="module")

@@ -344,6 +344,7 @@ BLOCKDROP_DEVICE uint32_t shuffle(uint32_t value, int lane) {
   })[0];
 }
 BLOCKDROP_DEVICE int first_bit(uint32_t word) { return __builtin_ffs(static_cast<int>(word)) - 1; }
+BLOCKDROP_DEVICE int popcount(uint32_t word) { return __builtin_popcount(word); }
 BLOCKDROP_DEVICE int take_ticket(int* counter) {
   machine::yield();  // so that thread blocks take turns
   return (*counter)++;
