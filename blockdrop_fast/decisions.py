@@ -1,4 +1,4 @@
-"""Checks of what every public call takes: images and decisions."""
+"""Checks of what every public call takes: images, decisions and their weights."""
 
 from __future__ import annotations
 
@@ -121,6 +121,33 @@ def check_decisions(
         if wrong.numel():
             raise ValueError(f"decisions: expected only 0 and 1, got {wrong[0].item()}")
     return keep
+
+
+def check_weights(
+    weights: Tensor, *, decisions: Tensor, device: torch.device, values: bool = True
+) -> None:
+    """Raise unless ``weights`` are those of kept blocks' outputs.
+
+    Args:
+        weights: expected as ``decisions``, (B, K), of a floating-point dtype.
+        decisions: checked already.
+        device: where the images are.
+        values: also check that weights of kept blocks are finite, which waits for a GPU.
+
+    Raises:
+        TypeError: see ``check_tensor``, or of another dtype.
+        ValueError: wrong shape, device or values.
+    """
+    check_tensor("weights", weights, device)
+    if not weights.is_floating_point():
+        raise TypeError(f"weights: expected a floating-point dtype, got {weights.dtype}")
+    if weights.shape != decisions.shape:
+        raise ValueError(
+            f"weights: expected the shape of decisions, {tuple(decisions.shape)}, "
+            f"got {tuple(weights.shape)}"
+        )
+    if values and not weights[decisions].isfinite().all():
+        raise ValueError("weights: contain NaN or infinite values")
 
 
 def _autocasts(device_type: str) -> bool:

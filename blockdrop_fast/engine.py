@@ -4,7 +4,8 @@ images -> policy network -> decisions -> plan -> executor (walk | gather | dense
                                                  ^ folded, packed weights
 
 A policy that looks at the backbone's first blocks makes the first arrow
-images -> those blocks -> head, and the executor goes on behind them if it can.
+images -> those blocks -> head, and the executor goes on behind them if it can. One that decides on
+the way puts its gates into the executor: images -> executor with gates -> logits, decisions.
 """
 
 from __future__ import annotations
@@ -19,17 +20,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockdrop_fast.decisions import check_decisions, check_images, check_tensor
+from blockdrop_fast.decisions import (
+    check_decisions,
+    check_images,
+    check_tensor,
+    check_weights,
+)
 from blockdrop_fast.executors import crossover
 from blockdrop_fast.executors.choice import choose, choose_policy
 from blockdrop_fast.executors.crossover import Crossover
+from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import Launch
 from blockdrop_fast.executors.look import Look
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
 from blockdrop_fast.networks.fixed import FixedPolicy
+from blockdrop_fast.networks.folded_gates import FoldedExits, fold_gates
 from blockdrop_fast.networks.folding import fold_head, fold_network
+from blockdrop_fast.networks.gated import GatedPolicy
+from blockdrop_fast.networks.halting import HaltingPolicy, WeightedOutput
 from blockdrop_fast.networks.look import LookPolicy
-from blockdrop_fast.networks.policy import decisions_of, probabilities_of
+from blockdrop_fast.networks.policy import PolicyNetwork, decisions_of, probabilities_of
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 
 Strategy = Literal["auto", "walk", "gather", "dense"]
@@ -93,6 +103,19 @@ class Engine:
         self._choice = choose(network, self._asked, self._launch, self._measured(), self._always)
         executor = self._choice.executor
         self.strategy, self.strategy_reason = executor.strategy, self._choice.reason
+        self._gates, self._gated, self._weighs = None, executor, False
+        if isinstance(policy, GatedPolicy):
+            if self._asked == "dense":
+                raise ValueError(
+                    "strategy: 'dense' runs no policy that decides on the way, expected 'auto', "
+                    "'walk' or 'gather'"
+                )
+            self._weighs = isinstance(policy, HaltingPolicy) and not policy.hard
+            self._gates = fold_gates(policy, self.dtype)
+            if not executor.set_gates(self._gates):
+                self._gated = GatherExecutor(network)
+                self._gated.set_gates(self._gates)
+                self.strategy_reason += "; gates by gather in plain PyTorch, which waits at each"
         self._menu = None if policy is None else copy.deepcopy(policy.menu)
         self._look, self._fixed = None, None
         self._policy_logits, self._executor_decides = None, False
@@ -100,7 +123,7 @@ class Engine:
             self._look = Look(network, fold_head(policy, self.dtype))
         elif isinstance(policy, FixedPolicy):
             self._fixed = copy.deepcopy(policy)
-        elif policy is not None:
+        elif isinstance(policy, PolicyNetwork):
             self._policy_pool = policy.input_pool
             policy = fold_network(policy.network, self.dtype)
             self._policy_config = policy.config
@@ -121,7 +144,7 @@ class Engine:
         return self.model.backbone if isinstance(self.model, BlockDrop) else self.model
 
     @_exactly
-    def __call__(self, images: Tensor, budget: float | None = None) -> Output:
+    def __call__(self, images: Tensor, budget: float | None = None) -> Output | WeightedOutput:
         """Decide and execute; a bare backbone has no policy and keeps all blocks.
 
         Args:
@@ -129,13 +152,16 @@ class Engine:
             budget: mean kept blocks, of a policy network that chooses from a menu; None: its own.
 
         Returns:
-            ``Output(logits (B, num_classes), decisions (B, K) bool)``.
+            ``Output(logits (B, num_classes), decisions (B, K) bool)``; of a ``HaltingPolicy`` that
+            is not hard, ``WeightedOutput`` with weights (B, K), float32 or float64.
 
         Raises:
             TypeError, ValueError: see ``blockdrop_fast.decisions.check_images``; a budget that the
                 policy network cannot meet.
         """
         self._check(images)
+        if self._gates is not None:
+            return self._run_gates(images, budget)
         if len(images) > 0 and self._executor_decides and budget is None:
             executor = self._choice.for_batch(len(images))
             if executor is self._choice.executor:
@@ -156,6 +182,8 @@ class Engine:
         Args and errors: as of a call.
         """
         self._check(images)
+        if self._gates is not None:
+            return self._run_gates(images, budget).decisions
         return self._decide(images, budget)
 
     @_exactly
@@ -163,7 +191,8 @@ class Engine:
         """(B, 3, H, W) images -> (B, K), the policy's probability of keeping each block.
 
         Raises:
-            RuntimeError: the engine was compiled from a bare backbone.
+            RuntimeError: the engine was compiled from a bare backbone, or its policy decides on
+                the way.
         """
         self._check(images)
         if not isinstance(self.model, BlockDrop):
@@ -171,21 +200,49 @@ class Engine:
                 "probabilities: this engine was compiled from a bare backbone, "
                 "which has no policy network"
             )
+        if self._gates is not None:
+            raise RuntimeError(
+                "probabilities: gates on the way give none before the backbone has run"
+            )
         return probabilities_of(self._logits_of_policy(images), self._menu, self._always)
 
     @_exactly
-    def run(self, images: Tensor, decisions: Tensor) -> Tensor:
+    def run(self, images: Tensor, decisions: Tensor, weights: Tensor | None = None) -> Tensor:
         """Execute decisions from anywhere.
+
+        With exits, these say where each image leaves: at the exit after the last block it keeps.
 
         Args:
             images: (B, 3, H, W) normalised, of the engine's dtype and device; B may be 0.
             decisions: (B, K) bool or 0/1 of any dtype, 1 = keep.
+            weights: (B, K) of any floating-point dtype, as a ``WeightedOutput`` has them: each
+                segment gives the sum of its kept blocks' outputs, each times its weight. None: it
+                gives the last one.
 
         Returns:
             (B, num_classes) logits.
+
+        Raises:
+            TypeError, ValueError: see ``blockdrop_fast.decisions``; of exits, decisions that end at
+                none of them, or weights.
         """
         self._check(images)
-        return self._execute(images, self._check_decisions(images, decisions))
+        decisions = self._check_decisions(images, decisions)
+        exits = isinstance(self._gates, FoldedExits)
+        if weights is not None:
+            if exits:
+                raise ValueError("weights: expected none, decisions say where images leave")
+            check_weights(
+                weights,
+                decisions=decisions,
+                device=images.device,
+                values=self._validate or images.device.type == "cpu",
+            )
+        if len(images) == 0 or (not exits and weights is None):
+            return self._execute(images, decisions)
+        if exits:
+            return self._gated.run_exits(images, decisions)
+        return self._choice.for_batch(len(images)).run_weighted(images, decisions, weights)
 
     @_exactly
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
@@ -197,7 +254,14 @@ class Engine:
 
         Returns:
             (S, B, num_classes) logits: ``result[s]`` equals ``run(images, decisions[s])``.
+
+        Raises:
+            RuntimeError: the model has exits, or its halting gives weighted means: sets say too
+                little there.
         """
+        if self._weighs or isinstance(self._gates, FoldedExits):
+            what = "weighted means of blocks" if self._weighs else "exits"
+            raise RuntimeError(f"run_sets: the model has {what}, which only run replays")
         self._check(images)
         check_tensor("decisions", decisions, self.device)
         if decisions.ndim != 3 or decisions.shape[0] < 1:
@@ -238,6 +302,16 @@ class Engine:
             shape = (len(images), self.config.num_blocks)
             return torch.ones(shape, dtype=torch.bool, device=images.device)
         return self._decisions_of(self._logits_of_policy(images), budget)
+
+    def _run_gates(self, images: Tensor, budget: float | None) -> Output | WeightedOutput:
+        if budget is not None:
+            raise ValueError(f"budget: expected none, gates decide at one usage, got {budget}")
+        kind = WeightedOutput if self._weighs else Output
+        if len(images):
+            return kind(*self._gated.run_gates(images))
+        nothing = images.new_zeros(0, self.config.num_blocks)
+        weights = nothing.to(torch.promote_types(self.dtype, torch.float32))
+        return kind(self._no_logits(images, 0), nothing.bool(), *[weights] * self._weighs)
 
     def _decisions_of(self, logits: Tensor, budget: float | None) -> Tensor:
         return decisions_of(logits, self._menu, budget, self._always)

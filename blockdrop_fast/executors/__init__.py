@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from blockdrop_fast.networks.folded_gates import FoldedGates
 from blockdrop_fast.networks.folding import FoldedNetwork
 
 Strategy = Literal["walk", "gather", "dense"]
@@ -43,6 +44,43 @@ class Executor(Protocol):
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits."""
         ...
+
+    def run_weighted(self, images: Tensor, decisions: Tensor, weights: Tensor) -> Tensor:
+        """``run`` where a segment gives a weighted sum, see ``networks.halting.run_weighted``.
+
+        Args:
+            images, decisions: as of ``run``.
+            weights: (B, K) of any floating-point dtype, not read where a block is dropped.
+        """
+        ...
+
+    def set_gates(self, gates: FoldedGates) -> bool:
+        """Take gates to decide by on the way through the backbone.
+
+        Returns:
+            Whether ``run_gates`` and ``run_exits`` will; if not, somebody else has to.
+        """
+        return False
+
+    def run_gates(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Decide and execute, after ``set_gates`` returned True.
+
+        Args:
+            images: (B, 3, H, W), B at least 1.
+
+        Returns:
+            (B, num_classes) logits, (B, K) bool decisions, and of halting that is not hard (B, K)
+            weights, float32 or float64.
+        """
+        raise RuntimeError("run_gates: this executor has no gates")
+
+    def run_exits(self, images: Tensor, decisions: Tensor) -> Tensor:
+        """``run`` of a network with exits: an image leaves at the exit where its blocks end.
+
+        Raises:
+            ValueError: decisions that end at no exit.
+        """
+        raise RuntimeError("run_exits: this executor has no exits")
 
     def set_policy(self, policy: FoldedNetwork, pool: int) -> bool:
         """Take a policy network to decide by, in one call with the backbone.

@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from blockdrop_fast.executors import Executor
+from blockdrop_fast.executors import Executor, gates
 from blockdrop_fast.executors.layers import Layers
 from blockdrop_fast.networks.folding import FoldedNetwork
 
@@ -39,6 +39,9 @@ class DenseExecutor(Executor):
         for block in self._layers.blocks:
             x = block.kept(x, block.shortcut(x))
         return self._layers.classifier(x)
+
+    def run_weighted(self, images: Tensor, decisions: Tensor, weights: Tensor) -> Tensor:
+        return gates.run_weighted(self._layers, images, decisions, weights, dense_from=0.0)
 
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits; nothing is shared."""

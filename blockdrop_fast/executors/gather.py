@@ -8,9 +8,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from blockdrop_fast.executors import Executor
-from blockdrop_fast.executors.layers import Block, Layers
-from blockdrop_fast.executors.plan import Plan, plan, plan_sets
+from blockdrop_fast.executors import Executor, gates
+from blockdrop_fast.executors.layers import Layers
+from blockdrop_fast.executors.plan import plan, plan_sets
+from blockdrop_fast.networks.folded_gates import FoldedGates
 from blockdrop_fast.networks.folding import FoldedNetwork
 from blockdrop_fast.networks.resnet import take_images
 
@@ -45,17 +46,33 @@ class GatherExecutor(Executor):
         self.logits_dtype = network.fc_weight.dtype
         self._layers = Layers(network)
         self._dense_from = dense_from
+        self._gates: FoldedGates | None = None
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images and their (B, K) bool decisions -> (B, num_classes) logits."""
         return self.run_from(images, self._layers.stem(images), 0, decisions)
 
     def run_from(self, images: Tensor, features: Tensor, after: int, decisions: Tensor) -> Tensor:
-        planned = plan(decisions)
+        planned, dense_from = plan(decisions), self._dense_from(len(images))
         x = features
         for k, block in islice(enumerate(self._layers.blocks), after, None):
-            x = self._run_block(block, x, planned, k)
+            x = block.run(x, decisions[:, k], planned.active(k), dense_from)
         return self._layers.classifier(x)
+
+    def run_weighted(self, images: Tensor, decisions: Tensor, weights: Tensor) -> Tensor:
+        dense_from = self._dense_from(len(images))
+        return gates.run_weighted(self._layers, images, decisions, weights, dense_from)
+
+    def set_gates(self, gates: FoldedGates) -> bool:
+        self._gates = gates
+        return True
+
+    def run_gates(self, images: Tensor) -> tuple[Tensor, ...]:
+        dense_from = self._dense_from(len(images))
+        return gates.run_gates(self._layers, self._gates, images, dense_from)
+
+    def run_exits(self, images: Tensor, decisions: Tensor) -> Tensor:
+        return gates.run_exits(self._layers, self._gates, images, decisions)
 
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits, prefixes shared."""
@@ -65,22 +82,6 @@ class GatherExecutor(Executor):
             parents = planned.fork_parents[k]
             if parents.numel():
                 x = torch.cat([x, take_images(x, parents)])
-            x = self._run_block(block, x, planned.plan, k)
+            keep = planned.plan.decisions[: len(x), k]
+            x = block.run(x, keep, planned.plan.active(k), self._dense_from(len(x)))
         return self._layers.classifier(x)[planned.rows]
-
-    def _run_block(self, block: Block, x: Tensor, plan: Plan, k: int) -> Tensor:
-        """Block k on the active rows of x; x belongs to the caller no more (updated in place)."""
-        count, rows = plan.host_counts[k], x.shape[0]
-        shortcut = block.shortcut(x)
-        if count == 0:
-            return shortcut
-        if count == rows:
-            return block.kept(x, shortcut)
-        if count >= self._dense_from(rows) * rows:
-            keep = plan.decisions[:rows, k, None, None, None]
-            return torch.where(keep, block.kept(x, shortcut), shortcut)
-        active = plan.active(k)
-        kept = block.kept(take_images(x, active), take_images(shortcut, active))
-        # The indices are unique, so a plain in-place store puts the rows back.
-        shortcut.permute(0, 2, 3, 1).index_copy_(0, active.long(), kept.permute(0, 2, 3, 1))
-        return shortcut

@@ -131,6 +131,10 @@ class GraphGatherExecutor(Executor):
         """
         return self._eager.run_sets(images, decisions)
 
+    def run_weighted(self, images: Tensor, decisions: Tensor, weights: Tensor) -> Tensor:
+        """See ``Executor``; nothing is recorded."""
+        return self._eager.run_weighted(images, decisions, weights)
+
     def _run(self, images: Tensor, decisions: Tensor | None) -> tuple[Tensor, Tensor]:
         guard = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with self._lock, guard, self._order.call():

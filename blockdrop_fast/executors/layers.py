@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockdrop_fast.networks.folding import FoldedBlock, FoldedConv, FoldedNetwork
+from blockdrop_fast.networks.resnet import take_images
 
 _pack = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None)
 _fused = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
@@ -116,15 +117,41 @@ class Block:
             x = conv.relu(x)
         return last.add_relu(x, shortcut)
 
+    def run(self, x: Tensor, keep: Tensor, active: Tensor, dense_from: float) -> Tensor:
+        """Run the block for the images that keep it.
+
+        Args:
+            x: (R, C, H, W); belongs to the caller no more, as it is updated in place.
+            keep: (R,) bool.
+            active: (n,) of any integer dtype, the rows of x that do, ascending.
+            dense_from: share of them from which all rows are computed, and masked; above 1: never.
+
+        Returns:
+            (R, C', H', W').
+        """
+        shortcut = self.shortcut(x)
+        if len(active) == 0:
+            return shortcut
+        if len(active) == len(x):
+            return self.kept(x, shortcut)
+        if len(active) >= dense_from * len(x):
+            return torch.where(keep[:, None, None, None], self.kept(x, shortcut), shortcut)
+        kept = self.kept(take_images(x, active), take_images(shortcut, active))
+        # The indices are unique, so a plain in-place store puts the rows back.
+        shortcut.permute(0, 2, 3, 1).index_copy_(0, active.long(), kept.permute(0, 2, 3, 1))
+        return shortcut
+
 
 class Layers:
     """A folded network's parts, ready to run.
 
     Attributes:
+        config: the architecture.
         blocks: the K residual blocks.
     """
 
     def __init__(self, network: FoldedNetwork):
+        self.config = network.config
         self._network = network
         self._stem = Conv(network.stem)
         self.blocks = [Block(block) for block in network.blocks]
@@ -132,7 +159,7 @@ class Layers:
     def stem(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, C, H', W') channels-last input of block 1, fresh."""
         x = self._stem.relu(images.contiguous(memory_format=torch.channels_last))
-        return F.max_pool2d(x, 3, 2, 1) if self._network.config.stem == "imagenet" else x
+        return F.max_pool2d(x, 3, 2, 1) if self.config.stem == "imagenet" else x
 
     def classifier(self, x: Tensor) -> Tensor:
         """(B, C, H, W) output of block K -> (B, num_classes) logits."""

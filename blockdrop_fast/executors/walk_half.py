@@ -56,6 +56,9 @@ class WalkHalfExecutor(PackedWalk):
 
     run_sets = run
 
+    def run_weighted(self, images: Tensor, decisions: Tensor, weights: Tensor) -> Tensor:
+        return self._other_sizes.run_weighted(images, decisions, weights).float()
+
     def _run_policy(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if _is_walked(images):
             return walk_half_policy(images, *self._network, *self._policy)[:2]

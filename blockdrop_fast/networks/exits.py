@@ -109,8 +109,7 @@ class Exits(GatedPolicy):
 
     def decisions_at(self, left: Tensor) -> Tensor:
         """(B,) exits, counted from 0, E for the network's end -> (B, K) bool decisions."""
-        last = torch.tensor([*self.exits, self.num_blocks], device=left.device)[left]
-        return torch.arange(self.num_blocks, device=left.device) < last[:, None]
+        return decisions_at(left, (*self.exits, self.num_blocks))
 
     def exits_of(self, decisions: Tensor) -> Tensor:
         """(B, K) bool decisions -> (B,) int64, the exit that each image left at; see above.
@@ -118,14 +117,24 @@ class Exits(GatedPolicy):
         Raises:
             ValueError: decisions that keep something else than the blocks before an exit, or all.
         """
-        ends = torch.tensor([*self.exits, self.num_blocks], device=decisions.device)
-        left = (decisions.sum(1)[:, None] > ends).sum(1)
-        if not torch.equal(self.decisions_at(left), decisions):
-            raise ValueError(
-                f"decisions: expected the first {', '.join(map(str, self.exits))} or all "
-                f"{self.num_blocks} blocks of each image, after which there is an exit"
-            )
-        return left
+        return exits_of(decisions, (*self.exits, self.num_blocks))
+
+
+def decisions_at(left: Tensor, ends: Sequence[int]) -> Tensor:
+    """(B,) places in ``ends``, where images leave -> (B, K) bool; ``ends``: blocks, K the last."""
+    last = torch.tensor(ends, device=left.device)[left]
+    return torch.arange(ends[-1], device=left.device) < last[:, None]
+
+
+def exits_of(decisions: Tensor, ends: Sequence[int]) -> Tensor:
+    """The reverse of ``decisions_at``; see ``Exits.exits_of``."""
+    left = (decisions.sum(1)[:, None] > torch.tensor(ends, device=decisions.device)).sum(1)
+    if not torch.equal(decisions_at(left, ends), decisions):
+        raise ValueError(
+            f"decisions: expected the first {', '.join(map(str, ends[:-1]))} or all {ends[-1]} "
+            "blocks of each image, after which there is an exit"
+        )
+    return left
 
 
 def confidence_features(logits: Tensor) -> Tensor:
