@@ -24,7 +24,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test quick sanitize bench lint format clean check-cuda-build gpu gpu-check \
-    gpu-bench
+    gpu-bench gpu-decide
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
@@ -83,15 +83,19 @@ format: install ## put all sources into format
 check-cuda-build: ## build and test the CUDA wheel, no GPU needed (10 minutes, downloads 5 GB)
 	PYTHON=$(PYTHON) .ci/check-cuda-build
 
-gpu: ## on a machine with a GPU, no network needed: gpu-check, then gpu-bench
-	$(MAKE) gpu-check
-	$(MAKE) gpu-bench
+# Figures are worth having even where a check fails; they are marked then.
+gpu: ## on a machine with a GPU, no network needed: the three that follow
+	status=0; for step in gpu-check gpu-bench gpu-decide; do $(MAKE) $$step || status=1; done; \
+	    exit $$status
 
 gpu-check: ## build with the torch installed there, GPU tests, sanitizer (8 minutes)
 	PYTHON=$(PYTHON) .ci/gpu-check
 
 gpu-bench: ## the GPU's figures, and which targets they meet (8 minutes; again: goes on)
 	PYTHON=$(PYTHON) .ci/gpu-bench
+
+gpu-decide: ## profile, tune, calibrate: what `auto` goes by there from then on (8 minutes)
+	PYTHON=$(PYTHON) .ci/gpu-bench decide
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info blockdrop_fast/_C.*.so blockdrop_fast/_build_record.json

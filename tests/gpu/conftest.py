@@ -6,8 +6,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def _poison_free_memory():
+def _poison() -> None:
     """What kernels forget to write, or read without need, is NaN.
 
     Deterministic algorithms, as the tests of the CPU use, would run other kernels and fills between
@@ -19,3 +18,10 @@ def _poison_free_memory():
     poison = [torch.full((1 << 28,), torch.nan, device="cuda")]
     poison += [torch.full((1 << 18,), torch.nan, device="cuda") for _ in range(64)]
     del poison
+
+
+@pytest.fixture(autouse=True)
+def poison_free_memory():
+    """Free memory is NaN when a test begins, and again whenever it calls this."""
+    _poison()
+    return _poison

@@ -1,7 +1,7 @@
 """Gather with CUDA graphs on a GPU: `make gpu-check`. Everywhere else these tests are skipped.
 
-The operator's own tests are in test_gpu.py. Each test calls the engine several times: first runs,
-captures and replays are different code.
+The operator's own tests are in test_gathered_conv.py. Each test calls the engine several times:
+first runs, captures and replays are different code.
 """
 
 from __future__ import annotations

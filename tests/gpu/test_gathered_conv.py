@@ -1,212 +1,17 @@
-"""The CUDA kernels on a GPU: `make gpu-check`. Everywhere else these tests are skipped.
-
-Names with "small" are the cases that compute-sanitizer can run in a few minutes.
-"""
+"""`gathered_conv_` on a GPU: `make gpu-check`. Everywhere else these tests are skipped."""
 
 from __future__ import annotations
-
-import itertools
-from functools import partial
 
 import pytest
 import torch
 
-import blockdrop_fast as bdf
-from blockdrop_fast.executors.walk_half import WalkHalfExecutor
-from blockdrop_fast.measure.tolerance import make_reference
-from blockdrop_fast.networks.folding import fold_network
-from blockdrop_fast.ops import (
-    gathered_conv_,
-    gathered_conv_reference_,
-    plan,
-    plan_reference,
-    walk_half,
-    walk_half_reference,
-)
+from blockdrop_fast.ops import gathered_conv_, gathered_conv_reference_, plan
 from tests.gpu.conditions import on_gpu
 from tests.ops.gathered_conv_cases import FORMS, make_case
-from tests.random_networks import make_cifar_network as make_network
-from tests.random_networks import make_policy, random_decisions, random_images
+from tests.random_networks import random_decisions
 
 pytestmark = on_gpu
 DTYPES = [torch.bfloat16, torch.float16]
-make_images = partial(random_images, device="cuda")
-
-
-def make_decisions(*shape: int) -> torch.Tensor:
-    return random_decisions(torch.Generator().manual_seed(0), *shape).cuda()
-
-
-def make_executor(layers, shortcut="average_pool", dtype=torch.bfloat16, num_classes=10):
-    network = make_network(layers, shortcut, num_classes).cuda()
-    return network, WalkHalfExecutor(fold_network(network, dtype))
-
-
-def make_engine(dtype=torch.bfloat16, layers=(2, 1, 2)):
-    policy = make_policy(sum(layers), make_images(64, torch.float32).cpu())
-    model = bdf.BlockDrop(make_network(layers), policy).eval().cuda()
-    engine = bdf.compile(model, dtype=dtype, strategy="walk")
-    assert engine.strategy == "walk"
-    return engine
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shortcut", ["average_pool", "subsample"])
-@pytest.mark.parametrize("keep", ["random", "all", "none"])
-def test_walk_within_tolerance(dtype, shortcut, keep):
-    network, executor = make_executor((3, 2, 3), shortcut, dtype, num_classes=19)
-    images, decisions = make_images(64, dtype), make_decisions(64, 8)
-    if keep != "random":
-        decisions.fill_(keep == "all")
-    logits = executor.run(images, decisions)
-    make_reference(network, images, decisions, dtype).check("walk", logits)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_small_walk_like_reference(dtype, batch):
-    _, executor = make_executor((1, 1, 1), dtype=dtype)
-    images, decisions = make_images(batch, dtype), make_decisions(2, batch, 3)
-    logits = executor.run(images, decisions)
-    expected = walk_half_reference(images.cpu(), decisions.cpu(), *_on_cpu(executor._network))
-    limit = 8 * torch.finfo(dtype).eps * expected.abs().max()
-    assert (logits.cpu() - expected).abs().max() <= limit
-
-
-def _on_cpu(network):
-    return (network[0].cpu(), *network[1:])
-
-
-@pytest.mark.parametrize("batch", [1, 2, 15, 16, 17, 263, 1024])
-def test_same_logits_in_any_batch(batch):
-    """Bit for bit, whichever thread block or cluster walks an image, in whichever order.
-
-    An H100 or H200 runs 16 clusters of eight at once, at most.
-    """
-    _, executor = make_executor((2, 1, 1))
-    images, decisions = make_images(1024), make_decisions(1024, 4)
-    expected = executor.run(images, decisions)
-    assert torch.equal(executor.run(images[-batch:], decisions[-batch:]), expected[-batch:])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shortcut", ["average_pool", "subsample"])
-def test_small_clusters_on_every_path(dtype, shortcut):
-    """A cluster an image (few paths) and a thread block an image (many) give the same bits."""
-    _, executor = make_executor((1, 2, 1), shortcut, dtype)
-    images = make_images(2, dtype)
-    paths = torch.tensor(list(itertools.product([False, True], repeat=4)), device="cuda")
-    decisions = paths[:, None].expand(16, 2, 4).contiguous()
-    expected = executor.run_sets(images, decisions)
-    for one, logits in zip(decisions, expected, strict=True):
-        assert torch.equal(executor.run(images, one), logits)
-
-
-@pytest.mark.parametrize("batch", [1, 5])
-def test_small_clusters_decide_alike(batch):
-    engine = make_engine()
-    images = make_images(40)
-    expected, output = engine(images), engine(images[:batch])
-    assert torch.equal(output.decisions, expected.decisions[:batch])
-    assert torch.equal(output.logits, expected.logits[:batch])
-
-
-@pytest.mark.parametrize(("batch", "kernel"), [(1, "cluster_kernel"), (64, "walk_kernel")])
-def test_which_kernel_runs(batch, kernel):
-    if torch.cuda.get_device_capability() < (9, 0) and batch == 1:
-        kernel = "walk_kernel"  # without clusters
-    _, executor = make_executor((1, 1, 1))
-    images, decisions = make_images(batch), make_decisions(batch, 3)
-    executor.run(images, decisions)
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        executor.run(images, decisions)
-        torch.cuda.synchronize()
-    names = [event.key for event in profile.key_averages() if "walk_half" in event.key]
-    if not profile.key_averages():
-        pytest.skip("the profiler sees no kernels here")
-    assert len(names) == 1
-    assert kernel in names[0]
-
-
-def test_small_policy_decides():
-    engine = make_engine()
-    images = make_images(5)
-    output = engine(images)
-    assert torch.equal(output.decisions, engine.probabilities(images) >= 0.5)
-    assert torch.equal(output.logits, engine.run(images, output.decisions))
-    assert output.decisions.any()
-    assert not output.decisions.all()
-
-
-def test_no_synchronisation():
-    engine = make_engine()
-    images = make_images(1024)
-    decisions = engine(images).decisions
-    engine.run(images, decisions)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        engine(images)
-        engine.run(images, decisions)
-        engine.run(images[:1], decisions[:1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("batch", [1, 17, 700])
-def test_captured_in_a_graph(batch):
-    """The captured call reads what is in its input at each replay, and needs no reset."""
-    engine = make_engine()
-    images = make_images(batch)
-    engine(images)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = engine(images)
-    for _ in range(2):
-        images.copy_(torch.randn(images.shape))
-        graph.replay()
-        expected = engine(images)
-        assert torch.equal(captured.decisions, expected.decisions)
-        assert torch.equal(captured.logits, expected.logits)
-
-
-def test_runs_on_the_current_stream():
-    engine = make_engine()
-    images = make_images(64)
-    expected = engine(images).logits
-    late = torch.zeros_like(images)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(50_000_000)  # a kernel on another stream would see zeros
-        late.copy_(images)
-        logits = engine(late).logits
-    side.synchronize()
-    assert torch.equal(logits, expected)
-
-
-def test_compiled_without_graph_breaks():
-    _, executor = make_executor((1, 1, 1))
-    images, decisions = make_images(4), make_decisions(4, 3)
-
-    def run(images, decisions):
-        return walk_half(images, decisions, *executor._network) * 2
-
-    compiled = torch.compile(run, fullgraph=True)
-    torch.testing.assert_close(compiled(images, decisions), run(images, decisions))
-
-
-@pytest.mark.parametrize(("batch", "blocks"), [(1, 1), (33, 54), (1500, 54), (70, 11000)])
-def test_small_plan_like_reference(batch, blocks):
-    decisions = make_decisions(batch, blocks)
-    for result, expected in zip(plan(decisions), plan_reference(decisions.cpu()), strict=True):
-        assert torch.equal(result.cpu(), expected)
-
-
-# gathered_conv_ --------------------------------------------------------------------------------
-
 # Relative to the largest result: one rounding of it, or of the factors of its sums.
 CONV_ERROR = {
     "float16": 2**-10,
@@ -299,7 +104,7 @@ def _shared_bytes() -> int:
     return shared_bytes(torch.cuda.get_device_capability())
 
 
-@pytest.mark.parametrize("programs", [1, 3, 1000])
+@pytest.mark.parametrize("programs", [pytest.param(1, marks=pytest.mark.sanitizer), 3, 1000])
 def test_small_gathered_conv_in_any_grid(programs, monkeypatch):
     from blockdrop_fast.triton_kernels.config import Config
 
@@ -307,6 +112,7 @@ def test_small_gathered_conv_in_any_grid(programs, monkeypatch):
     run_conv(3, 1, (64, 96, 9, 9), 3, "scatter", "bfloat16", monkeypatch, **choices)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_gathered_conv_keeps_nan(dtype):
     """A NaN pixel of an active image gives NaN there, which ReLU must not hide, and only there."""
@@ -371,7 +177,7 @@ def test_gathered_conv_with_any_plan_without_compiling_anew():
     """Rows of a plan lie at any alignment, counts are any number: one kernel for all."""
     from blockdrop_fast.triton_kernels.gathered_conv import gathered_conv_kernel
 
-    decisions = make_decisions(13, 5)
+    decisions = random_decisions(torch.Generator().manual_seed(0), 13, 5).cuda()
     _, run = make_block(13)
     indices, counts, _ = plan(decisions)
     run(indices[0], counts[:1])

@@ -1,0 +1,148 @@
+"""The scripts behind `make gpu`, with stand-ins for Python and compute-sanitizer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Notes how it was called; fails with STATUS where that contains FAILS. Without arguments but "-"
+# it is asked for the GPU's architecture, or for the tensor that tries a sanitizer.
+PYTHON = """#!/bin/bash
+echo "${BLOCKDROP_CLUSTERS:-1} $*" >> "$LOG"
+[ "$*" = - ] && echo 9.0a
+case "$*" in
+  *"$FAILS"*) exit "${STATUS:-1}" ;;
+esac
+"""
+SANITIZER = """#!/bin/bash
+echo "${BLOCKDROP_CLUSTERS:-1} sanitizer $*" >> "$LOG"
+case "${BLOCKDROP_CLUSTERS:-1} $*" in
+  *"$SANITIZER_FAILS"*pytest*) exit "${STATUS:-1}" ;;
+esac
+"""
+RECORD = "1 - "
+
+
+@dataclass
+class Done:
+    status: int
+    output: str
+    calls: list[str]
+
+    @property
+    def record(self) -> list[str]:
+        """Whose tests were written down as passed."""
+        (call,) = [call for call in self.calls if call.startswith(RECORD)]
+        return call.removeprefix(RECORD).split()
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Runs gpu-check, or another command; the stand-ins fail as told."""
+    for name, text in (("python", PYTHON), ("compute-sanitizer", SANITIZER)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    log = tmp_path / "log"
+
+    def run(command=(ROOT / ".ci" / "gpu-check",), **environ: str) -> Done:
+        log.write_text("")
+        variables = {
+            **os.environ, "PYTHON": str(tmp_path / "python"), "LOG": str(log),
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "FAILS": "nothing at all", "SANITIZER_FAILS": "nothing at all", **environ,
+        }  # fmt: skip
+        done = subprocess.run(
+            command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60
+        )
+        # The record's "- walk" has nothing behind the dash if nothing passed.
+        calls = [line if line != "1 -" else RECORD for line in log.read_text().splitlines()]
+        built = calls.index(next(call for call in calls if "setup.py" in call))
+        return Done(done.returncode, done.stdout + done.stderr, calls[built:])
+
+    return run
+
+
+def test_the_simplest_first_and_the_record_last(check):
+    done = check()
+    assert done.status == 0, done.output
+    steps = [
+        "setup.py", "small_walk or small_plan", "test_walk_half.py", "test_gather.py",
+        "sanitizer --error-exitcode", "--tool memcheck", "0 sanitizer --tool racecheck",
+        "1 sanitizer --tool racecheck", RECORD,
+    ]  # fmt: skip
+    found = [next(i for i, call in enumerate(done.calls) if step in call) for step in steps]
+    assert found == sorted(found)
+    assert done.record == ["walk", "gather"]
+    assert "passed: walk gather" in done.output
+    files = {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert all(any(name in call for call in done.calls) for name in files)
+
+
+@pytest.mark.parametrize(
+    ("fails", "passed"),
+    [("test_gather.py", ["walk"]), ("test_walk_half.py", ["gather"]), ("tests/gpu", [])],
+)
+def test_only_what_passes_is_written_down(check, fails, passed):
+    done = check(FAILS=fails)
+    assert done.status == 1
+    assert done.record == passed
+
+
+def test_a_first_failure_is_looked_at_without_clusters(check):
+    done = check(FAILS="small_walk")
+    assert [call[0] for call in done.calls if "small_walk" in call] == ["1", "0"]
+    assert "without clusters they pass" not in done.output
+    assert done.record == ["gather"]
+
+
+def test_tests_that_hang_have_not_passed(check):
+    done = check(FAILS="test_walk_half.py", STATUS="124")
+    assert done.status == 1
+    assert done.record == ["gather"]
+
+
+def test_findings_of_the_sanitizer_count(check):
+    done = check(SANITIZER_FAILS="memcheck")
+    assert done.status == 1
+    assert "memcheck: FINDINGS" in done.output
+    assert done.record == []
+
+
+@pytest.mark.parametrize("status", ["124", "137"])
+def test_a_sanitizer_that_is_not_finished_is_no_failure(check, status):
+    done = check(SANITIZER_FAILS="check", STATUS=status)
+    assert done.status == 0
+    assert "memcheck: not finished in its time" in done.output
+    assert done.record == ["walk", "gather"]
+
+
+def test_racecheck_with_clusters_does_not_count(check):
+    done = check(SANITIZER_FAILS="1 --tool racecheck")
+    assert done.status == 0, done.output
+    assert "known for false reports, not counted: FINDINGS" in done.output
+    assert done.record == ["walk", "gather"]
+    assert check(SANITIZER_FAILS="0 --tool racecheck").record == []
+
+
+def test_a_failed_check_costs_no_figures(check):
+    done = check(command=("make", "gpu"), FAILS="test_walk_half.py")
+    assert done.status != 0
+    figures = [call for call in done.calls if "benchmarks.gpu" in call]
+    assert figures == ["1 -u -m benchmarks.gpu", "1 -u -m benchmarks.gpu decide"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["gpu-build", "gpu-check", "gpu-bench"])
+def test_scripts_say_that_there_is_no_gpu(script):
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    done = subprocess.run(
+        [ROOT / ".ci" / script], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "torch finds no GPU here" in done.stderr
