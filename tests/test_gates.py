@@ -13,9 +13,8 @@ from torch import nn
 import blockdrop_fast as bdf
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
-from blockdrop_fast.measure.tolerance import make_reference
+from blockdrop_fast.measure.tolerance import make_replay_reference
 from blockdrop_fast.networks.folding import fold_network
-from blockdrop_fast.networks.halting import run_weighted
 from blockdrop_fast.networks.resnet import ResNetConfig
 from tests.random_networks import (
     BOTTLENECK,
@@ -34,22 +33,6 @@ STRATEGIES = ["walk", "gather"]
 TIES = {torch.float32: 1e-4, torch.float64: 1e-11}
 
 
-class Replay(nn.Module):
-    """A model at given decisions and weights, with a backbone's signature."""
-
-    def __init__(self, model, weights=None):
-        super().__init__()
-        self.model, self.weights = model, weights
-
-    def forward(self, images, decisions):
-        backbone, policy = self.model.backbone, self.model.policy
-        if self.weights is not None:
-            return run_weighted(backbone, images, decisions, self.weights.to(images.dtype))
-        if isinstance(policy, bdf.Exits):
-            return policy.run_decisions(backbone, images, decisions)
-        return backbone(images, decisions)
-
-
 def shifted(model, shift):
     """The model in float64 with all its thresholds moved."""
     model = copy.deepcopy(model).double()
@@ -64,21 +47,22 @@ def shifted(model, shift):
     return model
 
 
-def check_logits(engine, logits, images, decisions, weights=None):
+def check_logits(engine, logits, images, output):
+    """Compare with the model at the output's decisions and weights, under the tolerance rule."""
     if engine.dtype == torch.float64:
-        replay = Replay(copy.deepcopy(engine.model).double(), weights)
+        model = copy.deepcopy(engine.model).double()
         with torch.no_grad():
-            torch.testing.assert_close(logits, replay(images, decisions), rtol=1e-11, atol=1e-11)
+            expected = model.policy.replay(model.backbone, images, output)
+        torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-11)
     else:
-        replay = Replay(copy.deepcopy(engine.model), weights)
-        reference = make_reference(replay, images, decisions, engine.dtype)
+        reference = make_replay_reference(engine.model, images, output, engine.dtype)
         reference.check(engine.strategy, logits)
 
 
 @torch.no_grad()
 def check(engine, output, images):
     """Decisions but near ties, weights there, and logits at the engine's decisions and weights."""
-    check_logits(engine, output.logits, images, *output[1:])
+    check_logits(engine, output.logits, images, output)
     expected = shifted(engine.model, 0.0)(images.double())
     if engine.dtype in TIES:
         tie = TIES[engine.dtype]
@@ -181,7 +165,7 @@ def test_every_element_is_written(strategy, kind):
     finally:
         torch.use_deterministic_algorithms(False)
     check(engine, output, images)
-    check_logits(engine, replayed, images, *output[1:])
+    check_logits(engine, replayed, images, output)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -206,10 +190,10 @@ def test_replays(strategy, kind):
     engine = bdf.compile(model, strategy=strategy)
     output = engine(images)
     assert torch.equal(engine.decide(images), output.decisions)
-    check_logits(engine, engine.run(images, *output[1:]), images, *output[1:])
+    check_logits(engine, engine.run(images, *output[1:]), images, output)
     if kind in ("sequential", "halting hard"):
         [logits] = engine.run_sets(images, output.decisions[None])
-        check_logits(engine, logits, images, output.decisions)
+        check_logits(engine, logits, images, output)
 
 
 @pytest.mark.parametrize("strategy", ["walk", "gather", "dense"])
@@ -224,8 +208,9 @@ def test_any_weights_of_any_decisions(strategy, kind, seed):
     weights = torch.randn(IMAGES, 5, generator=torch.Generator().manual_seed(seed))
     weights[~decisions] = torch.nan
     engine = bdf.compile(backbone, strategy=strategy)
-    model = bdf.BlockDrop(backbone, bdf.HaltingPolicy(CIFAR))
-    reference = make_reference(Replay(model, weights), images, decisions, torch.float32)
+    model = bdf.BlockDrop(backbone, bdf.HaltingPolicy(CIFAR)).eval()
+    output = bdf.WeightedOutput(None, decisions, weights)
+    reference = make_replay_reference(model, images, output, torch.float32)
     reference.check(strategy, engine.run(images, decisions, weights))
 
 

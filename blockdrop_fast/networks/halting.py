@@ -127,7 +127,7 @@ def run_weighted(backbone: ResNet, images: Tensor, decisions: Tensor, weights: T
         backbone: any.
         images: (B, 3, H, W) normalised.
         decisions: (B, K) bool, 1 = keep.
-        weights: (B, K), not read where a block is dropped.
+        weights: (B, K) of any floating-point dtype, not read where a block is dropped.
 
     Returns:
         (B, num_classes) logits.
@@ -142,5 +142,5 @@ def run_weighted(backbone: ResNet, images: Tensor, decisions: Tensor, weights: T
             mean = mean + weight[:, None, None, None] * x
             k += 1
         some = decisions[:, k - len(segment) : k].any(1)
-        x = torch.where(some[:, None, None, None], mean, x)
+        x = torch.where(some[:, None, None, None], mean, x).to(images.dtype)
     return backbone.classifier(x)
