@@ -5,8 +5,8 @@ Kernels: ``csrc/cuda/walk_half.cu``. There is none for CPUs: they run the refere
 Packed weights are bytes, in the order in which a thread block reads them:
 
 * the stem with its input channels filled up to 16, then both convolutions of each block; each as
-  slices of 16 input channels: the bias (C_out float32, the same in each slice), then for every 16
-  output channels and each of the 9 taps the 16 x 16 weights as the fragments of
+  slices of 16 input channels, with a part for every 16 output channels: their bias (16 float32,
+  the same in each slice), then for each of the 9 taps the 16 x 16 weights as the fragments of
   ``mma.m16n8k16``: (lane, 8 values of 16 bits);
 * the classifier in float32: the bias (num_classes), then the weights (64, num_classes).
 """
@@ -32,6 +32,7 @@ from blockdrop_fast.ops.walk_network import (
 DTYPES = (torch.bfloat16, torch.float16)
 IMAGE_SIZE = 32
 TILE = 16
+BIAS_BYTES = TILE * 4
 FRAGMENT_BYTES = TILE * TILE * 2
 
 
@@ -96,9 +97,9 @@ def pack_conv(weight: Tensor, bias: Tensor) -> Tensor:
     # A lane holds rows lane // 4 and 8 more, columns 2 * (lane % 4), the next, and 8 more.
     parts = weight.reshape(c_out // TILE, 2, 8, c_in // TILE, 2, 4, 2, 9)
     # (out, row half, row, in, column half, column pair, column, tap)
-    fragments = parts.permute(3, 0, 7, 2, 5, 4, 1, 6).reshape(c_in // TILE, -1)
-    biases = bias.float().expand(c_in // TILE, -1).contiguous()
-    return torch.cat([biases.view(torch.uint8), fragments.view(torch.uint8)], dim=1).flatten()
+    fragments = parts.permute(3, 0, 7, 2, 5, 4, 1, 6).reshape(c_in // TILE, c_out // TILE, -1)
+    biases = bias.float().view(-1, TILE).expand(c_in // TILE, -1, -1).contiguous()
+    return torch.cat([biases.view(torch.uint8), fragments.view(torch.uint8)], dim=2).flatten()
 
 
 def pack_classifier(weight: Tensor, bias: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def walk_half_policy_reference(images: Tensor, *networks) -> tuple[Tensor, Tenso
 
 
 def _conv_bytes(c_in: int, c_out: int) -> int:
-    return -(-c_in // TILE) * (c_out * 4 + c_out // TILE * 9 * FRAGMENT_BYTES)
+    return -(-c_in // TILE) * c_out // TILE * (BIAS_BYTES + 9 * FRAGMENT_BYTES)
 
 
 def _unpack(
@@ -148,10 +149,10 @@ def _unpack(
     for c_in, c_out in conv_shapes(layers):
         num_slices = -(-c_in // TILE)
         size = _conv_bytes(c_in, c_out)
-        slices = weights[offset : offset + size].view(num_slices, -1)
+        slices = weights[offset : offset + size].view(num_slices, c_out // TILE, -1)
         offset += size
-        bias = slices[0, : c_out * 4].clone().view(torch.float32)
-        fragments = slices[:, c_out * 4 :].contiguous().view(dtype).float()
+        bias = slices[0, :, :BIAS_BYTES].flatten().view(torch.float32)
+        fragments = slices[:, :, BIAS_BYTES:].contiguous().view(dtype).float()
         # (in, out, tap, row, column pair, column half, row half, column)
         parts = fragments.view(num_slices, c_out // TILE, 9, 8, 4, 2, 2, 2)
         weight = parts.permute(1, 6, 3, 0, 5, 4, 7, 2).reshape(c_out, num_slices * TILE, 3, 3)

@@ -32,7 +32,11 @@ BLOCKDROP_DEVICE int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
-BLOCKDROP_DEVICE int thread_index() { return opaque(threadIdx.x); }
+BLOCKDROP_DEVICE int thread_index() {
+  const int index = opaque(threadIdx.x);
+  __builtin_assume(index >= 0 && index < 1024);  // divisions and moduli become shifts and masks
+  return index;
+}
 BLOCKDROP_DEVICE int warp_index() { return thread_index() / kLanes; }
 BLOCKDROP_DEVICE int lane_index() { return thread_index() % kLanes; }
 BLOCKDROP_DEVICE int block_index() { return blockIdx.x; }
@@ -41,7 +45,8 @@ BLOCKDROP_DEVICE void sync_threads() { __syncthreads(); }
 BLOCKDROP_DEVICE void sync_warp() { __syncwarp(); }
 
 BLOCKDROP_DEVICE unsigned ballot(bool predicate) { return __ballot_sync(kAllLanes, predicate); }
-BLOCKDROP_DEVICE uint32_t shuffle(uint32_t value, int lane) {
+template <typename T>
+BLOCKDROP_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(kAllLanes, value, lane);
 }
 BLOCKDROP_DEVICE int first_bit(uint32_t word) { return __ffs(static_cast<int>(word)) - 1; }
@@ -95,6 +100,7 @@ BLOCKDROP_DEVICE void wait_for_groups() {
 BLOCKDROP_DEVICE int cluster_rank() {
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  __builtin_assume(rank >= 0 && rank < 16);
   return rank;
 }
 
@@ -132,17 +138,19 @@ BLOCKDROP_DEVICE void store_cluster(int rank, uint32_t offset, const uint4& valu
 // holds of each matrix two neighbouring values of row lane / 4, columns 2 * (lane % 4) and the
 // next; transposed, of that column.
 
-BLOCKDROP_DEVICE void load_matrices(uint32_t (&r)[2], uint32_t offset) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(offset))
-               : "memory");
-}
-BLOCKDROP_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t offset) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(offset))
-               : "memory");
+// Four matrices, or the first two.
+BLOCKDROP_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t offset, bool four = true) {
+  if (four) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(offset))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(shared_address(offset))
+                 : "memory");
+  }
 }
 BLOCKDROP_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t offset) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -28,8 +28,7 @@ using namespace simt;
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kChunk = 8;  // channels in 16 bytes, what ldmatrix reads of a pixel
-constexpr int kChunkBytes = 16;
-constexpr int kRowsPerWarp = 4;
+constexpr uint32_t kChunkBytes = 16;
 constexpr int kPixelsPerTile = 8;
 constexpr int kRingBuffers = 2;
 
@@ -43,19 +42,19 @@ struct Layout {
   static constexpr int kBytes = kPixels * kChannels * 2;
   static constexpr int kPixelTiles = kSize / kPixelsPerTile;  // in a row
   static constexpr int kChannelTiles = kChannels / kTile;
-  static constexpr int kSliceBytes = slice_bytes(kChannels);
-  static_assert(kChannelTiles * (kSize / kRowsPerWarp) == kWarps);
+  static constexpr uint32_t kPixelBytes = kChannels * 2;
+  static constexpr uint32_t kRowBytes = kStride * kPixelBytes;
+  static constexpr uint32_t kSliceBytes = slice_bytes(kChannels);
 
-  // Where chunk `chunk` of pixel `pixel` (counted from the top left of the border) lies. The
-  // chunks of 8 neighbouring pixels are permuted so that they lie in different banks; eight
-  // pixels on, everything repeats.
-  static BLOCKDROP_DEVICE uint32_t offset(int pixel, int chunk) {
-    constexpr int kChunks = kChannels / kChunk;
-    const int permutation = pixel / (kChunk / kChunks) % kChunks;
-    return static_cast<uint32_t>((pixel * kChunks + (chunk ^ permutation)) * kChunkBytes);
-  }
-  static BLOCKDROP_DEVICE int pixel(int row, int column) {
-    return (row + 1) * kStride + column + 1;
+  // Where a chunk of a pixel lies. The chunks of 8 neighbours in a row are permuted so that they
+  // lie in different banks; 8 columns on, everything repeats. A row further, all is kRowBytes
+  // further: rows cost no arithmetic.
+  static BLOCKDROP_DEVICE uint32_t offset(int row, int column, int chunk) {
+    constexpr uint32_t kChunks = kChannels / kChunk;
+    const uint32_t place = static_cast<uint32_t>(column + 1);
+    const uint32_t permutation = place / (kChunk / kChunks) % kChunks;
+    return static_cast<uint32_t>(row + 1) * kRowBytes +
+           (place * kChunks + (static_cast<uint32_t>(chunk) ^ permutation)) * kChunkBytes;
   }
 };
 
@@ -117,6 +116,18 @@ BLOCKDROP_DEVICE void set_kept(uint32_t keep, int num_blocks, Keeps keeps) {
 
 // ------------------------------------------------------------------ weights
 
+// Starts to copy to shared memory, all threads together; the number of steps is constant.
+template <uint32_t kBytes>
+BLOCKDROP_DEVICE void copy_bytes(uint32_t target, const unsigned char* source) {
+  constexpr uint32_t kStep = kThreads * 16;
+  const uint32_t first = thread_index() * 16;
+#pragma unroll
+  for (uint32_t i = 0; i < kBytes; i += kStep) {
+    const bool all = kBytes - i >= kStep;
+    if (all || first < kBytes - i) copy_async(target + i + first, source + i + first);
+  }
+}
+
 // The slices that one image needs in one segment, in order.
 template <int kChannels>
 class WeightStream {
@@ -157,10 +168,7 @@ class WeightStream {
       stop_ = slices_before(kChannels, block - first_block_ + 1);
     }
     const unsigned char* source = weights_ + static_cast<size_t>(next_) * kSliceBytes;
-    const uint32_t target = kRing<kChannels> + buffer_;
-    for (uint32_t i = thread_index() * 16; i < kSliceBytes; i += kThreads * 16) {
-      copy_async(target + i, source + i);
-    }
+    copy_bytes<kSliceBytes>(kRing<kChannels> + buffer_, source);
     ++next_;
   }
 
@@ -186,140 +194,154 @@ BLOCKDROP_DEVICE void store_matrices_transposed(uint32_t offset, const uint32_t 
   }
 }
 
-// What a thread's warp computes of a convolution.
-template <int kChannels>
+// What a warp computes of a convolution at a time: 16 channels of 8 pixels in kRows rows. Each row
+// of the input is read once for all rows of the output that it touches: eight rows read ten.
+template <int kOut>
 struct WarpPart {
-  int lane = lane_index();
-  int channel_tile = warp_index() % Layout<kChannels>::kChannelTiles;
-  int first_row = warp_index() / Layout<kChannels>::kChannelTiles * kRowsPerWarp;
+  using Out = Layout<kOut>;
+  static constexpr int kRows = kOut == kFeatures ? 4 : 8;
+  static constexpr int kRowGroups = Out::kSize / kRows;
+  static constexpr int kTileGroups = kWarps / (Out::kChannelTiles * kRowGroups);
+  static constexpr int kPasses = Out::kPixelTiles / kTileGroups;
+  static_assert(Out::kChannelTiles * kRowGroups * kTileGroups == kWarps && kPasses > 0);
+
+  int channel_tile = warp_index() % Out::kChannelTiles;
+  int row = warp_index() / Out::kChannelTiles % kRowGroups * kRows;
+  int first_tile = warp_index() / (Out::kChannelTiles * kRowGroups) * kPasses;
 };
 
-// Adds to `sums` what a column of taps, `dx`, and the 16 input channels of a slice contribute to
-// tiles of 8 pixels, [first_tile, first_tile + kTiles), in rows from `first_row` on.
-template <typename Format, int kIn, int kOut, int kRows, int kTiles>
-BLOCKDROP_DEVICE void multiply_column(float (&sums)[kRows][kTiles][4], const uint4 (&taps)[3],
-                                      uint32_t input, int slice_index, int dx, int first_row,
-                                      int first_tile) {
+// If the image is no wider than 8 pixels, a column of taps has the pixels of the next one, moved by
+// one. Then each has sums of its own, pixels are read once, and add_columns moves the sums instead.
+template <int kIn>
+constexpr int kColumns = kIn == kFeatures ? 3 : 1;
+
+// Adds to `sums` what the 16 input channels of a slice contribute to 8 pixels of the rows from
+// `row` on. tap(i) is the weights of a tap.
+template <typename Format, int kIn, int kOut, int kRows, typename Tap>
+BLOCKDROP_DEVICE void multiply_slice(float (&sums)[kColumns<kIn>][kRows][4], uint32_t input,
+                                     int slice_index, int row, int tile, Tap tap) {
   using In = Layout<kIn>;
   constexpr int kStride = kOut / kIn;
-  // Lanes 0-7 and 8-15 point at the two chunks of 8 pixels, lanes 16-31 at the next 8 pixels.
+  constexpr int kInRows = kStride * (kRows - 1) + 3;
   const int lane = lane_index();
-  const int lane_pixel = first_tile * kPixelsPerTile + lane % 8 + lane / 16 * kPixelsPerTile;
-  const int lane_chunk = slice_index * (kTile / kChunk) + lane / 8 % 2;
-  // Each row of the input is loaded once and serves all rows of the output that it touches.
-#pragma unroll
-  for (int in_row = 0; in_row < kStride * (kRows - 1) + 3; ++in_row) {
-    const int pixel = In::pixel(kStride * first_row + in_row - 1, kStride * lane_pixel + dx - 1);
-    uint32_t values[2 * kTiles];
-    load_matrices(values, input + In::offset(pixel, lane_chunk));
-#pragma unroll
-    for (int dy = 0; dy < 3; ++dy) {
-      const int row = (in_row - dy) / kStride;
-      if (in_row < dy || (in_row - dy) % kStride != 0 || row >= kRows) continue;
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        Format::multiply(sums[row][tile], taps[dy], values[2 * tile], values[2 * tile + 1]);
-      }
-    }
-  }
-}
-
-// Adds to `sums` what one slice of weights contributes to the rows of the thread's warp.
-template <typename Format, int kIn, int kOut, int kTiles>
-BLOCKDROP_DEVICE void multiply_slice(float (&sums)[kRowsPerWarp][kTiles][4], uint32_t input,
-                                     uint32_t slice, int slice_index, int first_tile) {
-  const auto [lane, channel_tile, first_row] = WarpPart<kOut>();
-  const uint32_t fragments =
-      slice + kOut * 4 + (channel_tile * kTaps * kLanes + lane) * sizeof(uint4);
+  constexpr bool kShared = kColumns<kIn> > 1;
+  uint32_t pixels[(kInRows + 1) / 2][4];  // of two rows each
 #pragma unroll
   for (int dx = 0; dx < 3; ++dx) {
-    uint4 taps[3];
+    // Lanes 0-7 and 8-15 point at the two chunks of 8 pixels, lanes 16-31 at those below.
+    const uint32_t address =
+        input + In::offset(kStride * row - 1 + lane / 16,
+                           kStride * (tile * kPixelsPerTile + lane % 8) + (kShared ? 0 : dx - 1),
+                           slice_index * (kTile / kChunk) + lane / 8 % 2);
+    const uint4 taps[3] = {tap(dx), tap(3 + dx), tap(6 + dx)};
 #pragma unroll
-    for (int dy = 0; dy < 3; ++dy) {
-      taps[dy] = load_shared<uint4>(fragments + (dy * 3 + dx) * kLanes * sizeof(uint4));
+    for (int in_row = 0; in_row < kInRows; ++in_row) {
+      uint32_t (&pair)[4] = pixels[in_row / 2];
+      if (in_row % 2 == 0 && (dx == 0 || !kShared)) {
+        load_matrices(pair, address + in_row * In::kRowBytes, /*four=*/in_row + 1 < kInRows);
+      }
+#pragma unroll
+      for (int dy = 0; dy < 3; ++dy) {
+        const int out_row = (in_row - dy) / kStride;
+        if (in_row < dy || (in_row - dy) % kStride != 0 || out_row >= kRows) continue;
+        Format::multiply(sums[dx % kColumns<kIn>][out_row], taps[dy], pair[in_row % 2 * 2],
+                         pair[in_row % 2 * 2 + 1]);
+      }
     }
-    multiply_column<Format, kIn, kOut>(sums, taps, input, slice_index, dx, first_row, first_tile);
   }
 }
 
-// output = relu(sums [+ output]) for the tiles of multiply_slice.
-template <typename Format, int kOut, bool kResidual, int kTiles>
-BLOCKDROP_DEVICE void store_sums(const float (&sums)[kRowsPerWarp][kTiles][4], uint32_t output,
-                                 int first_tile) {
-  using Out = Layout<kOut>;
-  const auto [lane, channel_tile, first_row] = WarpPart<kOut>();
-  // Two tiles at a time, side by side or one below the other.
+// sums[0] becomes the sum over columns of taps.
+template <int kRows>
+BLOCKDROP_DEVICE void add_columns(float (&)[1][kRows][4]) {}
+template <int kRows>
+BLOCKDROP_DEVICE void add_columns(float (&sums)[3][kRows][4]) {
+  const int lane = lane_index();
 #pragma unroll
-  for (int tile = 0; tile < kRowsPerWarp * kTiles; tile += 2) {
-    const int lane_tile = tile + lane / 16;
-    const int column = (first_tile + lane_tile % kTiles) * kPixelsPerTile + lane % 8;
-    const int pixel = Out::pixel(first_row + lane_tile / kTiles, column);
-    const uint32_t address =
-        output + Out::offset(pixel, channel_tile * (kTile / kChunk) + lane / 8 % 2);
-    uint32_t values[4];
-    if constexpr (kResidual) load_matrices_transposed(values, address);
+  for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-    for (int half = 0; half < 4; ++half) {
-      const int index = tile + half / 2;
-      const float* pair = &sums[index / kTiles][index % kTiles][half % 2 * 2];
-      float2 sum = {pair[0], pair[1]};
-      if constexpr (kResidual) {
-        const float2 residual = Format::unpack(values[half]);
-        sum.x += residual.x;
-        sum.y += residual.y;
-      }
-      values[half] = Format::pack_relu(sum.x, sum.y);
+    for (int i = 0; i < 4; i += 2) {  // two channels, of each two pixels
+      float *left = &sums[0][row][i], *middle = &sums[1][row][i], *right = &sums[2][row][i];
+      const float before = shuffle(left[1], lane - 1), after = shuffle(right[0], lane + 1);
+      middle[0] += right[1] + (lane % 4 == 0 ? 0 : before);
+      middle[1] += left[0] + (lane % 4 == 3 ? 0 : after);
+      left[0] = middle[0];
+      left[1] = middle[1];
     }
-    store_matrices_transposed(address, values);
   }
+}
+
+// Sums begin with the bias, one set of them only.
+template <int kSets, int kRows>
+BLOCKDROP_DEVICE void begin_sums(float (&sums)[kSets][kRows][4], uint32_t bias) {
+  const uint32_t own = bias + lane_index() / 4 * 4;
+  const float low = load_shared<float>(own), high = load_shared<float>(own + 8 * 4);
+#pragma unroll
+  for (int set = 0; set < kSets; ++set) {
+    const bool biased = set == kSets / 2;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      sums[set][row][0] = sums[set][row][1] = biased ? low : 0;
+      sums[set][row][2] = sums[set][row][3] = biased ? high : 0;
+    }
+  }
+}
+
+// output = relu(sums [+ output]) for 8 pixels of two rows, which may be the same. Lanes 0-7 and
+// 8-15 point at the two chunks of the first row's pixels, lanes 16-31 at those of the second.
+template <typename Format, bool kResidual>
+BLOCKDROP_DEVICE void store_rows(const float (&first)[4], const float (&second)[4],
+                                 uint32_t address) {
+  uint32_t values[4];
+  if constexpr (kResidual) load_matrices_transposed(values, address);
+#pragma unroll
+  for (int half = 0; half < 4; ++half) {
+    const float* pair = &(half < 2 ? first : second)[half % 2 * 2];
+    float2 sum = {pair[0], pair[1]};
+    if constexpr (kResidual) {
+      const float2 residual = Format::unpack(values[half]);
+      sum.x += residual.x;
+      sum.y += residual.y;
+    }
+    values[half] = Format::pack_relu(sum.x, sum.y);
+  }
+  store_matrices_transposed(address, values);
 }
 
 // output = relu(convolution(input) + bias [+ output])
 //
-// A warp has 16 channels of four rows. It computes at most two tiles of 8 pixels of each at a
-// time, and so holds at most 32 sums, 12 registers of weights and 4 of input. Only segment 1 has
-// more tiles in a row, and its convolutions have a single slice, which is then used twice. In
-// segment 3 it has one tile only, and registers to sum each slice by itself:
-// walk_half_cluster.cuh, where different warps have different slices, adds in the same order.
+// A warp holds at most 48 sums, 12 registers of weights and 20 of input. Segment 1 has more tiles
+// than warps, and its convolutions have a single slice, which is then used twice.
 template <typename Format, int kIn, int kOut, bool kResidual>
 BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, WeightStream<kOut>& weights) {
+  using Out = Layout<kOut>;
+  using Part = WarpPart<kOut>;
   constexpr int kSlices = Layout<kIn>::kChannelTiles;
-  constexpr int kAllTiles = Layout<kOut>::kPixelTiles;
-  constexpr int kTiles = kAllTiles < 2 ? kAllTiles : 2;
-  static_assert(kTiles == kAllTiles || kSlices == 1);
-  static_assert(kOut != kFeatures || kTiles == 1);
+  static_assert(Part::kPasses == 1 || kSlices == 1);
   uint32_t slice = weights.advance();
 #pragma unroll 1
-  for (int first_tile = 0; first_tile < kAllTiles; first_tile += kTiles) {
-    const auto [lane, channel_tile, first_row] = WarpPart<kOut>();
-    const uint32_t bias = slice + (channel_tile * kTile + lane / 4) * 4;
-    const float low = load_shared<float>(bias), high = load_shared<float>(bias + 8 * 4);
-    float sums[kRowsPerWarp][kTiles][4];
-#pragma unroll
-    for (int row = 0; row < kRowsPerWarp; ++row) {
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        sums[row][tile][0] = sums[row][tile][1] = low;
-        sums[row][tile][2] = sums[row][tile][3] = high;
-      }
-    }
-    multiply_slice<Format, kIn, kOut>(sums, input, slice, 0, first_tile);
+  for (int pass = 0; pass < Part::kPasses; ++pass) {
+    const Part part;
+    const int lane = lane_index(), tile = part.first_tile + pass;
+    const auto tap = [&](int i) {
+      return load_shared<uint4>(slice + part.channel_tile * kPartBytes + kBiasBytes +
+                                (i * kLanes + lane) * sizeof(uint4));
+    };
+    float sums[kColumns<kIn>][Part::kRows][4];
+    begin_sums(sums, slice + part.channel_tile * kPartBytes);
 #pragma unroll 1
-    for (int slice_index = 1; slice_index < kSlices; ++slice_index) {
-      slice = weights.advance();
-      if constexpr (kOut == kFeatures) {
-        float part[kRowsPerWarp][kTiles][4] = {};
-        multiply_slice<Format, kIn, kOut>(part, input, slice, slice_index, first_tile);
-#pragma unroll
-        for (int row = 0; row < kRowsPerWarp; ++row) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums[row][0][i] += part[row][0][i];
-        }
-      } else {
-        multiply_slice<Format, kIn, kOut>(sums, input, slice, slice_index, first_tile);
-      }
+    for (int slice_index = 0; slice_index < kSlices; ++slice_index) {
+      if (slice_index > 0) slice = weights.advance();
+      multiply_slice<Format, kIn, kOut>(sums, input, slice_index, part.row, tile, tap);
     }
-    store_sums<Format, kOut, kResidual>(sums, output, first_tile);
+    add_columns(sums);
+    const uint32_t address =
+        output + Out::offset(part.row + lane / 16, tile * kPixelsPerTile + lane % 8,
+                             part.channel_tile * (kTile / kChunk) + lane / 8 % 2);
+#pragma unroll
+    for (int row = 0; row < Part::kRows; row += 2) {
+      store_rows<Format, kResidual>(sums[0][row], sums[0][row + 1], address + row * Out::kRowBytes);
+    }
   }
 }
 
@@ -338,7 +360,7 @@ BLOCKDROP_DEVICE void clear_border(uint32_t activation) {
     const int pixel = place < kTop              ? place
                       : place < kTop + L::kSize ? (place - kTop + 1) * L::kStride
                                                 : L::kPixels - kBorder + place;
-    store_shared(activation + L::offset(pixel, i % kChunks), zeros());
+    store_shared(activation + pixel * L::kPixelBytes + i % kChunks * kChunkBytes, zeros());
   }
 }
 
@@ -352,12 +374,12 @@ BLOCKDROP_DEVICE void load_image(const uint16_t* image, uint32_t activation, int
 #pragma unroll
   for (int i = 0; i < kRows * kImageSize / kThreads; ++i) {
     const int place = first_row * kImageSize + i * kThreads + thread_index();
-    const int pixel = L::pixel(place / kImageSize, place % kImageSize);
+    const int row = place / kImageSize, column = place % kImageSize;
     const uint32_t red = load_global(image + place);
     const uint32_t green = load_global(image + kImagePixels + place);
     const uint32_t blue = load_global(image + 2 * kImagePixels + place);
-    store_shared(activation + L::offset(pixel, 0), uint4{red | green << 16, blue, 0, 0});
-    store_shared(activation + L::offset(pixel, 1), zeros());
+    store_shared(activation + L::offset(row, column, 0), uint4{red | green << 16, blue, 0, 0});
+    store_shared(activation + L::offset(row, column, 1), zeros());
   }
 }
 
@@ -376,8 +398,7 @@ BLOCKDROP_DEVICE void shortcut(uint32_t activation, bool subsample) {
     const int i = part * kThreads + thread_index();
     const int row = 2 * (i / kChunks / Out::kSize), column = 2 * (i / kChunks % Out::kSize);
     const auto load = [&](int y, int x) {
-      const int pixel = In::pixel(row + y, column + x);
-      return load_shared<uint4>(activation + In::offset(pixel, i % kChunks));
+      return load_shared<uint4>(activation + In::offset(row + y, column + x, i % kChunks));
     };
     parts[part] = load(0, 0);
     if (!subsample) {
@@ -397,13 +418,13 @@ BLOCKDROP_DEVICE void shortcut(uint32_t activation, bool subsample) {
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     const int i = part * kThreads + thread_index();
-    const int pixel = Out::pixel(i / kChunks / Out::kSize, i / kChunks % Out::kSize);
+    const int row = i / kChunks / Out::kSize, column = i / kChunks % Out::kSize;
     // As many zero chunks as data: behind, or half of them on each side.
     const int chunk = i % kChunks;
     const int data = subsample ? chunk + kChunks / 2 : chunk;
     const int zero = subsample && chunk < kChunks / 2 ? chunk : chunk + kChunks;
-    store_shared(activation + Out::offset(pixel, data), parts[part]);
-    store_shared(activation + Out::offset(pixel, zero), zeros());
+    store_shared(activation + Out::offset(row, column, data), parts[part]);
+    store_shared(activation + Out::offset(row, column, zero), zeros());
   }
   clear_border<2 * kIn>(activation);
 }
@@ -419,8 +440,8 @@ BLOCKDROP_DEVICE void pool(uint32_t sums) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < kRows * L::kSize; ++i) {
-    const int pixel = L::pixel(group * kRows + i / L::kSize, i % L::kSize);
-    const uint32_t at = kX + L::offset(pixel, channel / kChunk) + channel % kChunk * 2;
+    const int row = group * kRows + i / L::kSize, column = i % L::kSize;
+    const uint32_t at = kX + L::offset(row, column, channel / kChunk) + channel % kChunk * 2;
     sum += Format::unpack(load_shared<uint16_t>(at)).x;
   }
   store_shared(sums + thread_index() * 4, sum);

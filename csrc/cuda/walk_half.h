@@ -15,10 +15,11 @@ constexpr int kFeatures = 64;  // channels of the last segment
 constexpr int kTile = 16;      // channels of a matrix product, in and out
 constexpr int kTaps = 9;
 
-// A slice: 16 input channels' weights for all output channels, and their bias.
-constexpr int slice_bytes(int out_channels) {
-  return out_channels / kTile * (kTile * 4 + kTaps * kTile * kTile * 2);
-}
+// A slice: 16 input channels' weights for all output channels. It has a part for every 16 of these:
+// their bias, then the taps.
+constexpr uint32_t kBiasBytes = kTile * 4;
+constexpr uint32_t kPartBytes = kBiasBytes + kTaps * kTile * kTile * 2;
+constexpr int slice_bytes(int out_channels) { return out_channels / kTile * kPartBytes; }
 
 // A segment's slices before its block `block`; `channels` are the segment's. Segment 1 begins with
 // the stem, a single slice. Segments 2 and 3 begin with a convolution that has half of the slices.

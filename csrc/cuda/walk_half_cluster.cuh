@@ -19,63 +19,44 @@ constexpr int kBuffers = 3;  // of weights: one is used, two are on their way
 // ------------------------------------------------------------------ who computes what
 
 // Rows of the output are divided into bands; where there are fewer bands than blocks, the blocks of
-// a band divide its output channels. In segment 3 different warps have different slices.
-template <int kIn, int kOut>
+// a band divide its output channels.
+template <int kOut>
 struct Share {
   using Out = Layout<kOut>;
-  static constexpr bool kDividesSlices = kOut == kFeatures;
-  static constexpr int kSlices = Layout<kIn>::kChannelTiles;
-
   // Of a block:
   static constexpr int kBands = kOut == kFeatures ? 2 : kBlocks;
   static constexpr int kBandRows = Out::kSize / kBands;
   static constexpr int kBandBlocks = kBlocks / kBands;
   static constexpr int kBlockTiles = Out::kChannelTiles / kBandBlocks;  // of output channels
+  // Of a warp: 16 channels of 8 pixels in kRows rows. In segment 3 half of the warps have nothing.
+  static constexpr int kRows = kOut == kTile ? 2 : 1;
+  static constexpr int kBusyWarps = kBlockTiles * Out::kPixelTiles * kBandRows / kRows;
+  static_assert(kBusyWarps <= kWarps);
 
-  // Of a warp: `kSlices` slices and one tile of output channels in kRows rows, kTiles tiles each.
-  static constexpr int kWarpSlices = kDividesSlices ? 1 : kSlices;
-  static constexpr int kRows = kDividesSlices ? kSlices / 2 : 1;
-  static constexpr int kTiles = kOut == kTile ? 2 : 1;
-  static constexpr int kSliceGroups = kSlices / kWarpSlices;
-  static constexpr int kTileGroups = Out::kPixelTiles / kTiles;
-  static_assert(kBlockTiles * kSliceGroups * kTileGroups * (kBandRows / kRows) == kWarps);
-
-  int first_row, first_channel_tile;         // the block's
-  int channel_tile, slice, first_tile, row;  // the warp's; channel_tile counts from the block's
+  int part;          // which of the block's tiles of output channels,
+  int channel_tile;  // and of all
+  int row, tile;
+  bool busy = warp_index() < kBusyWarps;
 
   BLOCKDROP_DEVICE Share() {
-    const int rank = cluster_rank();
-    first_row = rank / kBandBlocks * kBandRows;
-    first_channel_tile = rank % kBandBlocks * kBlockTiles;
-    int warp = warp_index();
-    channel_tile = warp % kBlockTiles;
-    warp /= kBlockTiles;
-    slice = warp % kSliceGroups;
-    warp /= kSliceGroups;
-    first_tile = warp % kTileGroups * kTiles;
-    row = first_row + warp / kTileGroups * kRows;
+    const int rank = cluster_rank(), warp = warp_index();
+    part = warp % kBlockTiles;
+    channel_tile = rank % kBandBlocks * kBlockTiles + part;
+    tile = warp / kBlockTiles % Out::kPixelTiles;
+    row = rank / kBandBlocks * kBandRows + warp / (kBlockTiles * Out::kPixelTiles) * kRows;
   }
 };
 
 // ------------------------------------------------------------------ shared memory
 
-// A slice's weights for 16 output channels, with their bias.
-constexpr uint32_t kBiasBytes = kTile * 4;
-constexpr uint32_t kPartBytes = kBiasBytes + kTaps * kLanes * 16;
 constexpr uint32_t kBufferBytes = 4 * kPartBytes;  // what a block needs for one convolution
-constexpr int kSumsBytes = 16;                     // of a lane for one tile
 
 constexpr uint32_t kHiddenAt = kX + Layout<16>::kBytes;
 constexpr uint32_t kRingAt = kHiddenAt + Layout<16>::kBytes;
-constexpr uint32_t kPartsAt = kRingAt + kBuffers * kBufferBytes;  // sums, slice by slice
-constexpr uint32_t kKeepAt = kPartsAt + 4 * 4 * kLanes * kSumsBytes;
+constexpr uint32_t kKeepAt = kRingAt + kBuffers * kBufferBytes;
 static_assert(kRingAt % 16 == 0 && kPartBytes % 16 == 0);
 
 inline uint32_t shared_bytes(const Paths& paths) { return kKeepAt + keep_bytes(paths); }
-
-struct alignas(16) Sums {
-  float values[4];
-};
 
 // ------------------------------------------------------------------ weights
 
@@ -111,46 +92,30 @@ class ClusterWeights {
     const int third_segment = second_segment + network_.layers[1];
     const int end = third_segment + network_.layers[2];
     if (block_ < end) {
-      if (block_ < second_segment) {
-        copy<16>(network_.segments[0], block_);
-      } else if (block_ < third_segment) {
-        copy<32>(network_.segments[1], block_ - second_segment);
-      } else {
-        copy<64>(network_.segments[2], block_ - third_segment);
+      const int segment = (block_ >= second_segment) + (block_ >= third_segment);
+      const int tiles = 1 << segment;  // of output channels
+      const int block = block_ - (segment == 0 ? 0 : segment == 1 ? second_segment : third_segment);
+      // The stem is the second convolution of block -1. All second ones have as many slices.
+      const int end_slice = slices_before(kTile * tiles, block + 1), middle = end_slice - tiles;
+      const int slice = second_ ? middle : slices_before(kTile * tiles, block);
+      const int slices = (second_ ? end_slice : middle) - slice;
+      // Segments 1 and 2: all channels, as they lie there; segment 3: a tile of each slice.
+      const bool divided = segment == kSegments - 1;
+      const unsigned char* source =
+          network_.segments[segment] +
+          (slice * tiles + (divided ? cluster_rank() % tiles : 0)) * int64_t{kPartBytes};
+      uint32_t target = kRingAt + fill_;
+#pragma unroll 1
+      for (int part = divided ? slices : slices * tiles; part > 0; --part) {
+        copy_bytes<kPartBytes>(target, source);
+        source += divided ? tiles * kPartBytes : kPartBytes;
+        target += kPartBytes;
       }
       if (second_) block_ = next_kept(kKeepAt, block_ + 1, end);
       second_ = !second_;
       fill_ = after(fill_);
     }
     commit_copies();
-  }
-
-  // `block` counts from the segment's first, `slices` are the segment's. The stem is the second
-  // convolution of block -1.
-  template <int kChannels>
-  BLOCKDROP_DEVICE void copy(const unsigned char* slices, int block) {
-    using L = Layout<kChannels>;
-    constexpr int kTiles = L::kChannelTiles;
-    using S = Share<kChannels, kChannels>;
-    const int end = slices_before(kChannels, block + 1);
-    const int middle = end - kTiles;  // the second convolution has as many in all segments
-    const int first = second_ ? middle : slices_before(kChannels, block);
-    const int parts = ((second_ ? end : middle) - first) * S::kBlockTiles;
-    const int first_tile = cluster_rank() % S::kBandBlocks * S::kBlockTiles;
-    uint32_t target = kRingAt + fill_;
-#pragma unroll 1
-    for (int part = 0; part < parts; ++part) {
-      const int tile = first_tile + part % S::kBlockTiles;
-      const unsigned char* slice =
-          slices + static_cast<size_t>(first + part / S::kBlockTiles) * L::kSliceBytes;
-      const unsigned char* bias = slice + tile * kBiasBytes;
-      const unsigned char* fragments =
-          slice + kTiles * kBiasBytes + tile * (kPartBytes - kBiasBytes);
-      for (uint32_t i = thread_index() * 16; i < kPartBytes; i += kThreads * 16) {
-        copy_async(target + i, i < kBiasBytes ? bias + i : fragments + (i - kBiasBytes));
-      }
-      target += kPartBytes;
-    }
   }
 
   const Network& network_;
@@ -161,33 +126,20 @@ class ClusterWeights {
 
 // ------------------------------------------------------------------ convolution
 
-// output = relu(sums [+ output]) for 16 channels of kTiles tiles in one row, here and in all blocks
-// that need the row for results `reach` rows away.
-template <typename Format, int kOut, bool kResidual, int kTiles>
-BLOCKDROP_DEVICE void store_row(const float (&sums)[kTiles][4], uint32_t output, int channel_tile,
-                                int row, int first_tile, int reach) {
+// output = relu(sums [+ output]) for a warp's pixels, here and in all blocks that need a row for
+// results `reach` rows away.
+template <typename Format, int kOut, bool kResidual, int kRows>
+BLOCKDROP_DEVICE void store_sums(const float (&sums)[kRows][4], uint32_t output,
+                                 const Share<kOut>& share, int reach) {
   using Out = Layout<kOut>;
-  using S = Share<kOut, kOut>;
-  static_assert(kTiles <= 2);
-  // Four matrices: two tiles, or one twice.
+  using S = Share<kOut>;
+  static_assert(kRows <= 2);
   const int lane = lane_index();
-  const int column = (first_tile + lane / 16 % kTiles) * kPixelsPerTile + lane % 8;
+  const int row = share.row + lane / 16 % kRows;  // one row is stored twice
   const uint32_t address =
-      output + Out::offset(Out::pixel(row, column), channel_tile * (kTile / kChunk) + lane / 8 % 2);
-  uint32_t values[4];
-  if constexpr (kResidual) load_matrices_transposed(values, address);
-#pragma unroll
-  for (int half = 0; half < 4; ++half) {
-    const float* pair = &sums[half / 2 % kTiles][half % 2 * 2];
-    float2 sum = {pair[0], pair[1]};
-    if constexpr (kResidual) {
-      const float2 residual = Format::unpack(values[half]);
-      sum.x += residual.x;
-      sum.y += residual.y;
-    }
-    values[half] = Format::pack_relu(sum.x, sum.y);
-  }
-  store_matrices_transposed(address, values);
+      output + Out::offset(row, share.tile * kPixelsPerTile + lane % 8,
+                           share.channel_tile * (kTile / kChunk) + lane / 8 % 2);
+  store_rows<Format, kResidual>(sums[0], sums[kRows - 1], address);
   sync_warp();
   // A lane passes on 8 channels of a pixel; where two lanes have the same, to every other block.
   const uint4 chunk = load_shared<uint4>(address);
@@ -195,7 +147,7 @@ BLOCKDROP_DEVICE void store_row(const float (&sums)[kTiles][4], uint32_t output,
   const int first = (top < 0 ? 0 : top / S::kBandRows) * S::kBandBlocks;
   const int last = (bottom >= Out::kSize ? S::kBands - 1 : bottom / S::kBandRows) * S::kBandBlocks +
                    S::kBandBlocks - 1;
-  for (int rank = first + lane / 16 % (2 / kTiles); rank <= last; rank += 2 / kTiles) {
+  for (int rank = first + lane / 16 % (2 / kRows); rank <= last; rank += 2 / kRows) {
     if (rank != cluster_rank()) store_cluster(rank, address, chunk);
   }
 }
@@ -203,76 +155,40 @@ BLOCKDROP_DEVICE void store_row(const float (&sums)[kTiles][4], uint32_t output,
 // output = relu(convolution(input) + bias [+ output])
 //
 // Begins, with the weights at hand, by waiting for the cluster; the caller arrives when it has done
-// what else others wait for. The sums of a warp are few: a convolution takes as long as 9 (18 in
-// segment 2) products that need one another's result, not as long as the work.
+// what else others wait for. A convolution takes as long as the products that need one another's
+// result, 9 in segment 1, 18 in segment 2, 12 in segment 3, not as long as the work.
 template <typename Format, int kIn, int kOut, bool kResidual>
 BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, ClusterWeights& weights,
                                int reach) {
-  using S = Share<kIn, kOut>;
-  const uint32_t buffer = weights.advance();
+  using S = Share<kOut>;
+  constexpr int kSlices = Layout<kIn>::kChannelTiles;
+  constexpr int kEarly = kSlices < 2 ? kSlices : 2;  // slices that are in registers before
   const S share;
-  const int lane = lane_index();
-  const uint32_t part = buffer + (share.slice * S::kBlockTiles + share.channel_tile) * kPartBytes;
-  uint4 taps[S::kWarpSlices][3][3];
+  const uint32_t part = weights.advance() + share.part * kPartBytes;
+  const auto load = [&](int slice, int tap) {
+    return load_shared<uint4>(part + slice * S::kBlockTiles * kPartBytes + kBiasBytes +
+                              (tap * kLanes + lane_index()) * sizeof(uint4));
+  };
+  uint4 taps[kEarly][kTaps];
+  float sums[kColumns<kIn>][S::kRows][4];
+  if (share.busy) {
 #pragma unroll
-  for (int slice = 0; slice < S::kWarpSlices; ++slice) {
-    const uint32_t fragments = part + slice * S::kBlockTiles * kPartBytes + kBiasBytes + lane * 16;
+    for (int slice = 0; slice < kEarly; ++slice) {
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) {
-      taps[slice][tap % 3][tap / 3] = load_shared<uint4>(fragments + tap * kLanes * 16);
+      for (int tap = 0; tap < kTaps; ++tap) taps[slice][tap] = load(slice, tap);
     }
-  }
-  const bool biased = share.slice == 0;
-  const float low = biased ? load_shared<float>(part + lane / 4 * 4) : 0;
-  const float high = biased ? load_shared<float>(part + lane / 4 * 4 + 8 * 4) : 0;
-  float sums[S::kRows][S::kTiles][4];
-#pragma unroll
-  for (int row = 0; row < S::kRows; ++row) {
-#pragma unroll
-    for (int tile = 0; tile < S::kTiles; ++tile) {
-      sums[row][tile][0] = sums[row][tile][1] = low;
-      sums[row][tile][2] = sums[row][tile][3] = high;
-    }
+    begin_sums(sums, part);
   }
   cluster_wait();
+  if (!share.busy) return;
 #pragma unroll
-  for (int slice = 0; slice < S::kWarpSlices; ++slice) {
-#pragma unroll
-    for (int dx = 0; dx < 3; ++dx) {
-      multiply_column<Format, kIn, kOut>(sums, taps[slice][dx], input, share.slice + slice, dx,
-                                         share.row, share.first_tile);
-    }
+  for (int slice = 0; slice < kSlices; ++slice) {
+    multiply_slice<Format, kIn, kOut>(sums, input, slice, share.row, share.tile, [&](int tap) {
+      return slice < kEarly ? taps[slice % kEarly][tap] : load(slice, tap);
+    });
   }
-  const int channel_tile = share.first_channel_tile + share.channel_tile;
-  if constexpr (!S::kDividesSlices) {
-    static_assert(S::kRows == 1);
-    store_row<Format, kOut, kResidual>(sums[0], output, channel_tile, share.row, share.first_tile,
-                                       reach);
-  } else {
-    const auto place = [&](int row, int slice) {
-      return kPartsAt + ((row * S::kSlices + slice) * kLanes + lane) * kSumsBytes;
-    };
-#pragma unroll
-    for (int row = 0; row < S::kRows; ++row) {
-      const float (&values)[4] = sums[row][0];
-      store_shared(place(share.row - share.first_row + row, share.slice),
-                   Sums{{values[0], values[1], values[2], values[3]}});
-    }
-    sync_threads();
-    const int row = warp_index();
-    if (row >= S::kBandRows) return;
-    float total[1][4] = {};
-#pragma unroll
-    for (int slice = 0; slice < S::kSlices; ++slice) {
-      const Sums more = load_shared<Sums>(place(row, slice));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        total[0][i] = slice == 0 ? more.values[i] : total[0][i] + more.values[i];
-      }
-    }
-    store_row<Format, kOut, kResidual>(total, output, channel_tile, share.first_row + row, 0,
-                                       reach);
-  }
+  add_columns(sums);
+  store_sums<Format, kOut, kResidual>(sums[0], output, share, reach);
 }
 
 // ------------------------------------------------------------------ a network
@@ -330,7 +246,7 @@ BLOCKDROP_DEVICE void run_network(const Network& network, const uint16_t* image)
   clear_border<16>(kX);
   clear_border<16>(kHiddenAt);
   {  // eight rows with those that the stem needs
-    const int first_row = Share<16, 16>().first_row - 2;
+    const int first_row = cluster_rank() * Share<16>::kBandRows - 2;
     const int last = kImageSize - 8;
     load_image<8>(image, kHiddenAt, first_row < 0 ? 0 : first_row > last ? last : first_row);
   }

@@ -22,14 +22,16 @@ namespace {
 // system's. Two thread blocks take 164,504 of the 167,936 that an sm_80 multiprocessor has (sm_90:
 // 233,472). sm_86 and sm_89 have room for one (99 KB).
 //
-// Registers: two blocks of 256 threads leave 128 of 65,536 to each. A convolution holds 32 sums, 12
-// registers of weights, 4 of input, and addresses; nvcc 13.0 takes 122. All 64 sums of segment 1
-// at a time (four tiles of 8 pixels instead of twice two) would spare a second reading of its
-// weights from shared memory, and spill.
+// Registers: two blocks of 256 threads leave 128 of 65,536 to each. A convolution holds 32 sums (in
+// segment 3 48), 12 registers of weights, 4 of input (12), and addresses; nvcc 13.0 takes 114.
+//
+// Instructions: 5,416 of 16 bytes; the instruction cache has about 128 KB.
 //
 // tests/ops/test_cuda_build.py holds the kernels to these lines:
 // limits: walk_kernel 128 registers, 0 bytes spilled, 0 bytes static shared memory
-// limits: cluster_kernel 160 registers, 0 bytes spilled, 0 bytes static shared memory
+// limits: walk_kernel 6000 instructions
+// limits: cluster_kernel 255 registers, 0 bytes spilled, 0 bytes static shared memory
+// limits: cluster_kernel 6000 instructions
 constexpr int kBlocksPerMultiprocessor = 2;
 
 template <typename Format>
@@ -41,12 +43,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 // For few images: eight thread blocks, each alone on its multiprocessor, carry one.
 //
 // Shared memory, bytes: two activations, 71,872; a ring of weights for three convolutions, 16
-// output channels of four slices or as much of fewer, 3 * 4 * (64 + 9 * 512) = 56,064; sums of four
-// tiles slice by slice, 4 * 4 * 512 = 8,192; 136,128 in all, with decisions 136,136. Only sm_90 has
-// clusters, and 232,448 for a thread block.
+// output channels of four slices or as much of fewer, 3 * 4 * (64 + 9 * 512) = 56,064; 127,936 in
+// all, with decisions 127,944. Only sm_90 has clusters, and 232,448 for a thread block.
 //
-// Registers: could be 255. A convolution holds the weights of one slice, 36, in segment 2 of two,
-// 72, and 4 or 8 sums; nvcc 13.0 takes 123.
+// Registers: could be 255, and nvcc 13.0 takes 232, as all weights of a convolution that are not in
+// registers when it begins (two slices, 72) are fetched ahead.
 template <typename Format>
 __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const __grid_constant__ Paths paths) {
   if constexpr (kHasClusters) cluster::walk<Format>(paths);

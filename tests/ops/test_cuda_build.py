@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,16 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ["80", "90a"]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin")
+# Takes compiled code apart; Triton brings one.
+TRITON = util.find_spec("triton")
+CUOBJDUMP = shutil.which("cuobjdump") or shutil.which(
+    "cuobjdump", path=TRITON and Path(TRITON.origin).parent / "backends" / "nvidia" / "bin"
+)
 LIMITS = re.compile(
     r"^// limits: (\w+) (\d+) registers, (\d+) bytes spilled, (\d+) bytes static shared memory$",
     re.MULTILINE,
 )
+MOST_INSTRUCTIONS = re.compile(r"^// limits: (\w+) (\d+) instructions$", re.MULTILINE)
 # What ptxas -v says of a kernel; shared memory is not mentioned where there is none.
 COMPILED = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
@@ -45,6 +53,24 @@ def headers(tmp_path_factory) -> list[str]:
     missing.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
     found = [*cpp_extension.include_paths(), str(folder)]
     return [part for path in found for part in ("-isystem", path)]
+
+
+def count_instructions(compiled: Path) -> Iterator[tuple[str, int]]:
+    """Each kernel's symbol, and its instructions, once an architecture."""
+    path = f"{Path(CUOBJDUMP).parent}:{os.environ['PATH']}"  # for nvdisasm
+    done = subprocess.run(
+        [CUOBJDUMP, "-sass", compiled],
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    for function in done.stdout.split("Function : ")[1:]:
+        yield (
+            function.split()[0],
+            len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", function, re.MULTILINE)),
+        )
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
@@ -74,3 +100,8 @@ def test_compiles_within_limits(source, headers, tmp_path):
         assert int(found_shared[1] if found_shared else 0) <= shared, kernel[0]
     assert set(seen) == set(limits), done.stderr
     assert all(seen.count(name) % len(ARCHS) == 0 for name in limits), done.stderr
+    most = MOST_INSTRUCTIONS.findall(source.read_text())
+    if most and CUOBJDUMP is not None:
+        for symbol, instructions in count_instructions(tmp_path / "kernel.o"):
+            limit = next(int(limit) for name, limit in most if name in symbol)
+            assert instructions <= limit, symbol

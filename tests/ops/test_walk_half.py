@@ -68,7 +68,8 @@ class Simulator:
     """Calls the kernel as the operators do, on the CPU."""
 
     def __init__(self, library: Path):
-        self._run = ctypes.CDLL(str(library)).run_walk
+        self.library = ctypes.CDLL(str(library))
+        self._run = self.library.run_walk
         self._run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         self._run.restype = None
 
@@ -233,6 +234,27 @@ def test_keeps_where_the_logit_is_not_negative(sm90, thread_blocks):
     )
     assert torch.equal(policy_logits[0], torch.tensor(NEAR_ZERO).bfloat16().float())
     assert decisions[0].tolist() == [logit >= 0 for logit in NEAR_ZERO]
+
+
+@needs_compiler
+def test_no_bank_conflicts(sm90):
+    """Loads and stores of matrices, but where a convolution takes every second pixel."""
+    packed = make_executor(make_network((1, 2, 2)), torch.bfloat16)._network
+    counts = (ctypes.c_int64 * 2)()
+    per_block = {}
+    for block in (None, 0, 1, 2, 3, 4):
+        decisions = torch.tensor([[k == block for k in range(5)]])
+        sm90.walk(make_images(1), decisions, packed, thread_blocks=1)
+        sm90.library.count_matrices(ctypes.byref(counts), ctypes.byref(counts, 8))
+        matrices, conflicts = counts
+        assert conflicts == 0 or block in (1, 3)
+        per_block[block] = matrices
+    stem = per_block[None]
+    # Clocks for input, output and residual; csrc/cuda/NOTES.md reckons with them.
+    assert stem == 960 + 256
+    assert per_block[0] - stem == 2 * (960 + 256) + 256
+    assert per_block[2] - stem == 2 * (960 + 128) + 128
+    assert per_block[4] - stem == 2 * (384 + 64) + 64
 
 
 @needs_compiler

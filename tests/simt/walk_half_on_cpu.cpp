@@ -57,4 +57,10 @@ void run_walk(const Call* call, int thread_blocks, int bfloat16) {
   }
 }
 
+// Of the last run: 8x8 matrices loaded and stored, and their bank conflicts.
+void count_matrices(int64_t* matrices, int64_t* conflicts) {
+  *matrices = simt::machine::state.matrices;
+  *conflicts = simt::machine::state.conflicts;
+}
+
 }  // extern "C"

@@ -10,6 +10,7 @@
 //   in order, and so do instructions of one warp);
 // * in a cluster only the cluster's barrier orders what different thread blocks do: an access is
 //   held against those of other blocks up to the barrier that its thread next arrives at;
+// * loads and stores of matrices count bank conflicts;
 // * writing to a block that may not have begun yet or may be gone already is an error, whether or
 //   not it is so in this run.
 
@@ -114,6 +115,7 @@ struct State {
   std::function<void()> kernel;
   jmp_buf scheduler;
   int threads = 0, current = 0;
+  int64_t matrices = 0, conflicts = 0;  // loaded and stored; what these took beyond a clock each
 };
 inline State state;
 
@@ -335,13 +337,18 @@ BLOCKDROP_DEVICE unsigned ballot(bool predicate) {
     for (int lane = 0; lane < kLanes; ++lane) meeting.results[lane][0] = word;
   })[0];
 }
-BLOCKDROP_DEVICE uint32_t shuffle(uint32_t value, int lane) {
-  const uint32_t operands[2] = {value, static_cast<uint32_t>(lane)};
-  return machine::together(operands, 2, [](machine::Rendezvous& meeting) {
+template <typename T>
+BLOCKDROP_DEVICE T shuffle(T value, int lane) {
+  static_assert(sizeof(T) == 4);
+  uint32_t operands[2] = {0, static_cast<uint32_t>(lane)};
+  std::memcpy(operands, &value, 4);
+  const uint32_t* result = machine::together(operands, 2, [](machine::Rendezvous& meeting) {
     for (auto i = 0; i < kLanes; ++i) {
       meeting.results[i][0] = meeting.operands[meeting.operands[i][1] % kLanes][0];
     }
-  })[0];
+  });
+  std::memcpy(&value, result, 4);
+  return value;
 }
 BLOCKDROP_DEVICE int first_bit(uint32_t word) { return __builtin_ffs(static_cast<int>(word)) - 1; }
 BLOCKDROP_DEVICE int popcount(uint32_t word) { return __builtin_popcount(word); }
@@ -445,12 +452,22 @@ inline int place_column(int lane, int half, bool transposed) {
   return transposed ? lane / 4 : lane % 4 * 2 + half;
 }
 
-template <int kCount>
-inline void load_together(uint32_t (&r)[kCount], uint32_t offset, bool transposed) {
+// Eight rows of 16 bytes take a clock if they lie in different banks.
+inline void note_banks(const Rendezvous& meeting, int count) {
+  for (int matrix = 0; matrix < count; ++matrix) {
+    int uses[8] = {};
+    for (int row = 0; row < 8; ++row) ++uses[meeting.operands[matrix * 8 + row][0] / 16 % 8];
+    ++state.matrices;
+    state.conflicts += *std::max_element(uses, uses + 8) - 1;
+  }
+}
+
+inline void load_together(uint32_t (&r)[4], uint32_t offset, int count, bool transposed) {
   const uint32_t* results = together(&offset, 1, [&](Rendezvous& meeting) {
-    for (int row = 0; row < 8 * kCount; ++row) note_read(meeting.operands[row][0], 16);
+    for (int row = 0; row < 8 * count; ++row) note_read(meeting.operands[row][0], 16);
+    note_banks(meeting, count);
     for (int lane = 0; lane < kLanes; ++lane) {
-      for (int matrix = 0; matrix < kCount; ++matrix) {
+      for (int matrix = 0; matrix < count; ++matrix) {
         uint16_t halves[2];
         for (int half = 0; half < 2; ++half) {
           const int row = matrix * 8 + place_row(lane, half, transposed);
@@ -463,7 +480,7 @@ inline void load_together(uint32_t (&r)[kCount], uint32_t offset, bool transpose
       }
     }
   });
-  std::copy(results, results + kCount, r);
+  std::copy(results, results + count, r);
 }
 
 // c += a * b; operands of a lane: four registers of a, two of b.
@@ -507,25 +524,23 @@ inline void multiply_together(float (&c)[4], const uint4& a, uint32_t b0, uint32
 
 }  // namespace machine
 
-BLOCKDROP_DEVICE void load_matrices(uint32_t (&r)[2], uint32_t offset) {
-  machine::load_together(r, offset, false);
-}
-BLOCKDROP_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t offset) {
-  machine::load_together(r, offset, false);
+BLOCKDROP_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t offset, bool four = true) {
+  machine::load_together(r, offset, four ? 4 : 2, false);
 }
 BLOCKDROP_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t offset) {
-  machine::load_together(r, offset, true);
+  machine::load_together(r, offset, 4, true);
 }
 BLOCKDROP_DEVICE void stmatrix_transposed(uint32_t offset, const uint32_t (&r)[4]) {
-  const uint32_t operands[5] = {r[0], r[1], r[2], r[3], offset};
+  const uint32_t operands[5] = {offset, r[0], r[1], r[2], r[3]};
   machine::together(operands, 5, [](machine::Rendezvous& meeting) {
-    for (int row = 0; row < kLanes; ++row) machine::note_write(meeting.operands[row][4], 16);
+    for (int row = 0; row < kLanes; ++row) machine::note_write(meeting.operands[row][0], 16);
+    machine::note_banks(meeting, 4);
     for (int lane = 0; lane < kLanes; ++lane) {
       for (int matrix = 0; matrix < 4; ++matrix) {
         for (int half = 0; half < 2; ++half) {
-          const uint16_t value = meeting.operands[lane][matrix] >> (16 * half);
+          const uint16_t value = meeting.operands[lane][1 + matrix] >> (16 * half);
           const int row = matrix * 8 + machine::place_row(lane, half, true);
-          std::memcpy(machine::block().memory.data() + meeting.operands[row][4] +
+          std::memcpy(machine::block().memory.data() + meeting.operands[row][0] +
                           2 * machine::place_column(lane, half, true),
                       &value, 2);
         }
