@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from blockdrop_fast.networks.exits import NEVER, leaves_by, threshold_rules
+from blockdrop_fast.networks.exits import NEVER, check_rules, leaves_by, threshold_rules
 from blockdrop_fast.networks.gated import Output
 from blockdrop_fast.networks.resnet import ResNet
 
@@ -42,13 +42,22 @@ class Cascade(nn.Module):
         self.networks = nn.ModuleList(networks)
         self.register_buffer("rules", torch.tensor([NEVER] * (len(networks) - 1)))
 
+    def set_rules(self, rules: Tensor) -> None:
+        """Take rules (N - 1, 6) over.
+
+        Raises:
+            ValueError: of another shape, or not finite.
+        """
+        check_rules(rules, len(self.networks) - 1)
+        self.rules.copy_(rules)
+
     def set_thresholds(self, thresholds: Sequence[float]) -> None:
         """Let an image stay where its largest probability is at least the network's threshold.
 
         Raises:
             ValueError: not one for each network but the last, or outside of 0…1.
         """
-        self.rules.copy_(threshold_rules(thresholds, len(self.rules)))
+        self.set_rules(threshold_rules(thresholds, len(self.rules)))
 
     def forward(self, images: Tensor) -> Output:
         """(B, 3, H, W) images -> logits, and as decisions (B, N) bool: which networks ran."""

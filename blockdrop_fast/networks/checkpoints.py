@@ -29,11 +29,16 @@ from blockdrop_fast.data.image_sets import (
 )
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.networks.blockdrop import AnyPolicy, BlockDrop
+from blockdrop_fast.networks.cascade import Cascade
+from blockdrop_fast.networks.exits import Exits
 from blockdrop_fast.networks.fixed import FixedPolicy
+from blockdrop_fast.networks.gated import GatedPolicy
+from blockdrop_fast.networks.halting import HaltingPolicy
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, ShortcutKind
+from blockdrop_fast.networks.sequential import SequentialPolicy
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "blockdrop_fast"
@@ -65,6 +70,10 @@ _NETWORK_KEYS = [
 # unused value estimate, features.fc what was left of the ResNet's own classifier.
 _POLICY_UNUSED = re.compile(r"^(vnet|features\.fc)\.")
 _POLICY_KEYS = [(r"^features\.", ""), (r"^logit\.", "fc.")]
+
+# Gates by the name of their kind in our own files, and the arguments that are kept beside it.
+_GATES = {"sequential": SequentialPolicy, "halting": HaltingPolicy, "exits": Exits}
+_GATE_OPTIONS = {"sequential": (), "halting": ("hard", "epsilon"), "exits": ("exits",)}
 
 # Where a torch file keeps the state dict of the wanted network; {} itself otherwise.
 _BACKBONE_ENTRIES = ("resnet", "state_dict", "model")
@@ -370,6 +379,7 @@ def load_backbone(
     content, metadata = _read(path)
     overrides = {"layers": layers, "shortcut": shortcut, "num_classes": num_classes}
     if metadata is not None:
+        _check_no_cascade(metadata, path)
         return _own_backbone(content, metadata, overrides, normalization, path)
     return _foreign_backbone(content, overrides, normalization, path)
 
@@ -443,8 +453,14 @@ def load_policy(path: str | os.PathLike) -> AnyPolicy:
     path = locate(path)
     content, metadata = _read(path)
     if metadata is not None:
+        _check_no_cascade(metadata, path)
         return _own_policy(content, metadata, path)
     return _foreign_policy(content, path)
+
+
+def _check_no_cascade(metadata: Mapping, path: Path) -> None:
+    if "cascade" in metadata:
+        raise CheckpointError(f"{path}: holds a cascade of networks; use load")
 
 
 def _foreign_policy(content: Mapping, path: Path) -> PolicyNetwork:
@@ -474,6 +490,9 @@ def _own_policy(tensors: Tensors, metadata: Mapping, path: Path) -> AnyPolicy:
             return _own_look(tensors, config, stored["look"], menu, where)
         if "fixed" in stored:
             return FixedPolicy(tensors["policy.keep"])
+        if "gates" in stored:
+            config = _own_config(_own_part(tensors, "backbone."), metadata, path)
+            return _own_gates(tensors, config, stored["gates"], where)
         part = _own_part(tensors, "policy.network.")
         config = _override(_infer_config(part, False, where), dict(stored["network"]), where)
         network = _build_network(config, part, where)
@@ -506,6 +525,22 @@ def _own_look(
     return policy
 
 
+def _own_gates(
+    tensors: Tensors, backbone: ResNetConfig, stored: Mapping, where: str
+) -> GatedPolicy:
+    """Gates in the file's backbone; raises as ``_own_look``."""
+    kind, options = stored["kind"], dict(stored["options"])
+    if kind not in _GATES:
+        raise ValueError(f"expected gates out of {_some(_GATES)}, got {kind!r}")
+    with torch.device("meta"):
+        policy = _GATES[kind](backbone, **options)
+    of = f"gates {kind} {options} of {backbone}"
+    _load_strictly(policy, _own_part(tensors, "policy."), of, where)
+    if isinstance(policy, Exits):
+        policy.set_rules(policy.rules)
+    return policy
+
+
 def _own_menu(tensors: Tensors, stored: Mapping) -> Menu:
     """A policy network's menu.
 
@@ -524,8 +559,40 @@ def _own_menu(tensors: Tensors, stored: Mapping) -> Menu:
     return menu
 
 
-def load(path: str | os.PathLike) -> BlockDrop:
+def _own_cascade(tensors: Tensors, metadata: Mapping, path: Path) -> Cascade:
+    try:
+        stored, rules = list(metadata["cascade"]), tensors["rules"]
+        networks = [
+            _own_backbone(
+                {
+                    f"backbone.{key}": one
+                    for key, one in _own_part(tensors, f"networks.{n}.").items()
+                },
+                {"backbone": config, "normalization": metadata["normalization"]},
+                {},
+                None,
+                path,
+            )
+            for n, config in enumerate(stored)
+        ]
+        cascade = Cascade(networks)
+        cascade.set_rules(rules)
+        surplus = [key for key in tensors if key not in cascade.state_dict()]
+        if surplus:
+            raise CheckpointError(f"{path}: {len(surplus)} surplus keys: {_some(surplus)}")
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged metadata ({error!r})") from None
+    return cascade
+
+
+def load(path: str | os.PathLike) -> BlockDrop | Cascade:
     """Load backbone and policy network from one of our files or the authors' ``.t7`` files.
+
+    Of a file that holds a cascade, that.
 
     Args:
         path: a file, or one of the names of ``pretrained()``.
@@ -536,6 +603,8 @@ def load(path: str | os.PathLike) -> BlockDrop:
     """
     path = locate(path)
     content, metadata = _read(path)
+    if metadata is not None and "cascade" in metadata:
+        return _own_cascade(content, metadata, path)
     if metadata is not None:
         policy = _own_policy(content, metadata, path)
         backbone = _own_backbone(content, metadata, {}, None, path)
@@ -553,42 +622,47 @@ def load(path: str | os.PathLike) -> BlockDrop:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def load_any(path: str | os.PathLike) -> BlockDrop | ResNet:
-    """Load what a file holds: a BlockDrop model, or a backbone where there is no policy network.
+def load_any(path: str | os.PathLike) -> BlockDrop | Cascade | ResNet:
+    """Load what a file holds: a BlockDrop model or cascade, or a backbone where there is no policy.
 
     Raises:
         OSError, CheckpointError: as of ``load`` and ``load_backbone``.
     """
     content, metadata = _read(locate(path))
     if metadata is not None:
-        has_policy = metadata.get("policy") is not None
+        has_policy = metadata.get("policy") is not None or "cascade" in metadata
     else:
         has_policy = any(isinstance(content.get(entry), Mapping) for entry in _POLICY_ENTRIES)
     return load(path) if has_policy else load_backbone(path)
 
 
-def save(model: BlockDrop | ResNet, path: str | os.PathLike) -> None:
-    """Write a BlockDrop model or a bare backbone as safetensors, atomically.
+def save(model: BlockDrop | ResNet | Cascade, path: str | os.PathLike) -> None:
+    """Write a BlockDrop model, a bare backbone or a cascade as safetensors, atomically.
 
     The architectures, what the policy looks at, its menu, and the normalisation of the images go
     into the file's metadata as JSON, so that ``load`` needs nothing else.
 
     Raises:
-        TypeError: ``model`` is neither.
+        TypeError: ``model`` is none of these.
         OSError: the file cannot be written; an earlier file at ``path`` is then untouched.
     """
+    state = model.state_dict() if isinstance(model, nn.Module) else {}
     if isinstance(model, BlockDrop):
-        backbone, policy = model.backbone, model.policy
-        state = model.state_dict()
+        backbone = model.backbone
+        parts = {"backbone": backbone.config.to_dict(), "policy": _policy_metadata(model.policy)}
     elif isinstance(model, ResNet):
-        backbone, policy = model, None
-        state = {f"backbone.{key}": value for key, value in model.state_dict().items()}
+        backbone, parts = model, {"backbone": model.config.to_dict(), "policy": None}
+        state = {f"backbone.{key}": value for key, value in state.items()}
+    elif isinstance(model, Cascade):
+        backbone = model.networks[0]
+        parts = {"cascade": [one.config.to_dict() for one in model.networks]}
     else:
-        raise TypeError(f"model: expected a BlockDrop or ResNet, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected a BlockDrop, ResNet or Cascade, got {type(model).__name__}"
+        )
     metadata = {
         "format_version": FORMAT_VERSION,
-        "backbone": backbone.config.to_dict(),
-        "policy": policy and _policy_metadata(policy),
+        **parts,
         "normalization": backbone.normalization and backbone.normalization.to_dict(),
     }
     tensors = {
@@ -602,6 +676,10 @@ def save(model: BlockDrop | ResNet, path: str | os.PathLike) -> None:
 def _policy_metadata(policy: AnyPolicy) -> dict[str, Any]:
     if isinstance(policy, FixedPolicy):
         return {"fixed": True}
+    if isinstance(policy, GatedPolicy):
+        (kind,) = (name for name, one in _GATES.items() if isinstance(policy, one))
+        options = {name: getattr(policy, name) for name in _GATE_OPTIONS[kind]}
+        return {"gates": {"kind": kind, "options": options}}
     menu = policy.menu and {
         name: getattr(policy.menu, name) for name in ("prices", "usages", "budget")
     }

@@ -63,11 +63,7 @@ class Exits(GatedPolicy):
         Raises:
             ValueError: of another shape, or not finite.
         """
-        if rules.shape != self.rules.shape or not rules.isfinite().all():
-            raise ValueError(
-                f"rules: expected finite values of shape {tuple(self.rules.shape)}, got "
-                f"{tuple(rules.shape)}"
-            )
+        check_rules(rules, len(self.exits))
         self.rules.copy_(rules)
 
     def set_thresholds(self, thresholds: Sequence[float]) -> None:
@@ -153,6 +149,15 @@ def leaves_by(logits: Tensor, rule: Tensor) -> Tensor:
     """(B, num_classes) logits of an exit, its (6,) rule -> (B,) bool, who leaves there."""
     rule = rule.to(logits)
     return confidence_features(logits) @ rule[:NUM_FEATURES] + rule[NUM_FEATURES] >= 0
+
+
+def check_rules(rules: Tensor, count: int) -> None:
+    """Raise ValueError unless these are ``count`` rules."""
+    if rules.shape != (count, NUM_FEATURES + 1) or not rules.isfinite().all():
+        raise ValueError(
+            f"rules: expected finite values of shape {(count, NUM_FEATURES + 1)}, got "
+            f"{tuple(rules.shape)}"
+        )
 
 
 def threshold_rules(thresholds: Sequence[float], count: int) -> Tensor:

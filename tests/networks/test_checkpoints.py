@@ -366,7 +366,9 @@ def test_failed_save_leaves_the_earlier_file(tmp_path, tiny_model, monkeypatch):
 
 
 def test_save_of_something_else(tmp_path):
-    with pytest.raises(TypeError, match="model: expected a BlockDrop or ResNet, got Linear"):
+    with pytest.raises(
+        TypeError, match="model: expected a BlockDrop, ResNet or Cascade, got Linear"
+    ):
         save(torch.nn.Linear(1, 1), tmp_path / "model.safetensors")
 
 

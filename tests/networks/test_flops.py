@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from blockdrop_fast.engine import compile
 from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.flops import block_flops, fixed_flops, flops
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.policy import policy_resnet8, policy_resnet10
@@ -18,6 +20,7 @@ from blockdrop_fast.networks.resnet import (
     resnet_cifar,
     resnet_imagenet,
 )
+from tests.random_networks import CIFAR, CUSTOM, GATED, make_gated_model
 
 
 def on_meta(build, *arguments):
@@ -155,8 +158,35 @@ def test_bad_decisions(decisions, error, message):
 
 
 def test_bad_model_and_size():
-    with pytest.raises(TypeError, match="model: expected a BlockDrop or ResNet, got Linear"):
+    with pytest.raises(
+        TypeError, match="model: expected a BlockDrop, ResNet or Cascade, got Linear"
+    ):
         flops(torch.nn.Linear(2, 2))
     for size in (30, 0, (32, -4)):
         with pytest.raises(ValueError, match=r"image_size: .* positive multiples of 4, got"):
             flops(on_meta(resnet_cifar, 14), image_size=size)
+
+
+@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("name", ["cifar", "bottleneck", "one segment"])
+def test_gates_cost_what_the_engine_computes(kind, name):
+    """An image at a time, by PyTorch's counter; in float64, where its operators are not fused."""
+    model, images = make_gated_model(kind, CIFAR if name == "cifar" else CUSTOM[name])
+    engine = compile(model, dtype=torch.float64)
+    found = set()
+    for image in images[:8].double().split(1):
+        with FlopCounterMode(display=False) as counter:
+            output = engine(image)
+        cost = flops(model, output.decisions, image_size=tuple(image.shape[2:])).item()
+        assert counter.get_total_flops() == cost
+        found.add(cost)
+    assert len(found) > 1
+    assert flops(model, image_size=tuple(image.shape[2:])) >= max(found)
+
+
+def test_a_cascade_costs_the_networks_that_ran():
+    networks = [on_meta(resnet_cifar, depth) for depth in (20, 32)]
+    cascade = Cascade(networks)
+    first, both = flops(cascade, torch.tensor([[1, 0], [1, 1]])).tolist()
+    assert first == flops(networks[0]).item()
+    assert both == first + flops(networks[1]).item() == flops(cascade).item()
