@@ -32,6 +32,7 @@ from blockdrop_fast.executors.crossover import Crossover
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import Launch
 from blockdrop_fast.executors.look import Look
+from blockdrop_fast.executors.recording import is_capturing
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
 from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.folded_gates import FoldedExits, fold_gates
@@ -50,11 +51,13 @@ def _exactly(method: Callable) -> Callable:
     """Run a method without gradients and at the engine's own precision, whatever autocast says.
 
     Not in inference mode, not even in the caller's: what is returned are ordinary tensors, and what
-    an executor allocates once serves later calls in whatever mode.
+    an executor allocates once serves later calls in whatever mode. That a caller captures it is
+    noted for ``refresh``.
     """
 
     @functools.wraps(method)
     def call(self: Engine, *args, **kwargs):
+        self._is_captured |= is_capturing(self.device)
         casts = torch.is_autocast_enabled(self.device.type)
         exactly = torch.autocast(self.device.type, enabled=False) if casts else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), exactly:
@@ -69,7 +72,6 @@ class Engine:
     Attributes:
         model: what the engine was compiled from, and takes over at ``refresh``.
         strategy: how the backbone is executed: "walk", "gather" or "dense".
-        strategy_reason: why it is this one.
         config: the backbone's architecture.
         dtype: of weights and images; of logits too, but for the walk's on a GPU: float32.
         device: of weights and images.
@@ -90,10 +92,20 @@ class Engine:
         self._launch = launch
         self._table_key: tuple[ResNetConfig, torch.dtype, torch.device] | None = None
         self._table: Crossover | None = None
+        self._is_captured = False
+        self._captured: list[tuple[object, ...]] = []
         self.refresh()
 
     def refresh(self) -> None:
-        """Take over the model's present weights, batch-norm statistics and device."""
+        """Take over the model's present weights, batch-norm statistics and device.
+
+        CUDA graphs that a caller has captured calls in go on with the weights of their capture,
+        which the engine keeps for as long as it lives.
+        """
+        if self._is_captured:
+            policy = (self._policy_logits, self._look, self._fixed, self._menu, self._gates)
+            self._captured.append((self._choice, self._gated, *policy))
+            self._is_captured = False
         self.config = self.backbone.config
         self.device = self.backbone.fc.weight.device
         _check_device(self.model, self.device)
@@ -102,7 +114,7 @@ class Engine:
         self._always = 0 if policy is None else policy.after
         self._choice = choose(network, self._asked, self._launch, self._measured(), self._always)
         executor = self._choice.executor
-        self.strategy, self.strategy_reason = executor.strategy, self._choice.reason
+        self.strategy, self._reason = executor.strategy, self._choice.reason
         self._gates, self._gated, self._weighs = None, executor, False
         if isinstance(policy, GatedPolicy):
             if self._asked == "dense":
@@ -115,7 +127,7 @@ class Engine:
             if not executor.set_gates(self._gates):
                 self._gated = GatherExecutor(network)
                 self._gated.set_gates(self._gates)
-                self.strategy_reason += "; gates by gather in plain PyTorch, which waits at each"
+                self._reason += "; gates by gather in plain PyTorch, which waits at each"
         self._menu = None if policy is None else copy.deepcopy(policy.menu)
         self._look, self._fixed = None, None
         self._policy_logits, self._executor_decides = None, False
@@ -137,6 +149,11 @@ class Engine:
         if self._table_key != key:
             self._table_key, self._table = key, crossover.load(*key)
         return self._table
+
+    @property
+    def strategy_reason(self) -> str:
+        """Why the strategy is this one, and what has become of it since."""
+        return f"{self._reason}{self._choice.executor.remark}"
 
     @property
     def backbone(self) -> ResNet:
@@ -367,6 +384,10 @@ def compile(
 ) -> Engine:
     """Freeze a model into an engine: fold batch norm, pack weights, choose how to execute.
 
+    Calls of the engine can be captured in a CUDA graph, but for plain PyTorch's "gather", which
+    waits for the device. As with all of torch's graphs, the same thread calls before with as many
+    images, and the engine has to live as long as the graph.
+
     Args:
         model: BlockDrop, or a bare backbone. It is read in eval mode whatever its mode is, and
             stays as it is; the engine runs on the model's device.
@@ -377,10 +398,10 @@ def compile(
             "auto" takes the fastest that serves the network, ``strategy_reason`` says why.
         validate: on a GPU, also check the values of images and decisions, which waits for the
             device at every call. On a CPU they always are checked.
-        launch: of gather on a GPU. "counts": a call waits for K integers, how many images keep
-            each block; blocks that nobody keeps are not launched, and those that all keep run at
-            the vendor's speed. "universal": no call waits, and every block runs by kernels that
-            read its count on the device.
+        launch: of gather on a GPU, in 16 bits. "counts": a call waits for K integers, how many
+            images keep each block; blocks that nobody keeps are not launched, and those that all
+            keep run at the vendor's speed. "universal": no call waits, and every block runs by
+            kernels that read its count on the device. So do calls that somebody else captures.
 
     Raises:
         TypeError: not a model of this package, a dtype that is not supported, or not by the walk.

@@ -1,6 +1,7 @@
 """Every strategy of the engine against the float64 reference, and what the engine refuses."""
 
 import copy
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -734,3 +735,18 @@ def test_adds_to_images_of_one_pixel():
     x, other = (torch.randn(2, 8, 1, 1) for _ in range(2))
     expected = (torch.nn.functional.conv2d(x, weight, bias, padding=1) + other).relu()
     torch.testing.assert_close(conv.add_relu(x, other), expected)
+
+
+def test_refresh_keeps_what_graphs_of_the_caller_use(monkeypatch):
+    model, images = make_model()
+    engine = bdf.compile(model)
+    old = weakref.ref(engine._choice.executor)
+    with monkeypatch.context() as capturing:
+        capturing.setattr("blockdrop_fast.engine.is_capturing", lambda device: True)
+        engine(images)
+    engine.refresh()
+    assert old() is not None
+    old = weakref.ref(engine._choice.executor)
+    engine(images)
+    engine.refresh()
+    assert old() is None

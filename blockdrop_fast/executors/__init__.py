@@ -22,10 +22,12 @@ class Executor(Protocol):
     Attributes:
         strategy: how it executes.
         logits_dtype: of the logits that it returns.
+        remark: to be added to the reason for it: what has become of it since.
     """
 
     strategy: ClassVar[Strategy]
     logits_dtype: torch.dtype
+    remark: str = ""
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (B, K) bool decisions -> (B, num_classes) logits; B at least 1."""

@@ -16,7 +16,6 @@ from blockdrop_fast.executors import Executor, proven
 from blockdrop_fast.executors.crossover import Crossover
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
-from blockdrop_fast.executors.gather_graph import DTYPES as GRAPH_DTYPES
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Launch
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
@@ -146,10 +145,10 @@ def _make_gather(
     dtype, device = network.stem.weight.dtype, network.stem.weight.device
     if device.type != "cuda":
         return GatherExecutor(network, **rule), remark
-    why_not = triton_kernels.why_not(device)
-    if not why_not and dtype not in GRAPH_DTYPES:
-        why_not = f"they do not compute in {dtype}"
-    if why_not:
+    if dtype not in triton_kernels.KERNEL_DTYPES:
+        plain = f"; by plain PyTorch, as our kernels do not compute in {dtype}"
+        return GatherExecutor(network, **rule), f"{plain}{remark}"
+    if why_not := triton_kernels.why_not(device):
         # A table would be of the kernels that are missing.
         return GatherExecutor(network), f"; by plain PyTorch, without our kernels: {why_not}"
     return GraphGatherExecutor(network, launch=launch, **rule), remark

@@ -25,6 +25,7 @@ STRATEGIES = ("walk", "gather")
 # With the CUDA sources, which setup.py hashes where they are: an installed package has none.
 PYTHON_SOURCES = (
     "executors/gather_graph.py",
+    "executors/graph_choice.py",
     "executors/recording.py",
     "ops/gathered_conv.py",
     "ops/walk_half.py",

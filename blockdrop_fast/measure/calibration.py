@@ -13,7 +13,6 @@ from blockdrop_fast.executors import proven
 from blockdrop_fast.executors.crossover import NEVER, Cell, Crossover
 from blockdrop_fast.executors.dense import DenseExecutor
 from blockdrop_fast.executors.gather import GatherExecutor
-from blockdrop_fast.executors.gather_graph import DTYPES as GRAPH_DTYPES
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.baselines import UnavailableError, captured
@@ -139,7 +138,7 @@ def make_gather(
     weight = network.stem.weight
     if (
         weight.is_cuda
-        and weight.dtype in GRAPH_DTYPES
+        and weight.dtype in triton_kernels.KERNEL_DTYPES
         and not triton_kernels.why_not(weight.device)
         and proven.load(weight.device).strategies != {"walk"}  # ours did not pass
     ):

@@ -24,12 +24,12 @@ from blockdrop_fast.triton_kernels.config import (
     shared_bytes,
     table_name,
 )
-from blockdrop_fast.triton_kernels.gathered_conv import arithmetic, launch_gathered_conv
+from blockdrop_fast.triton_kernels.gathered_conv import launch_gathered_conv
 
 # Of the rows, while timing: about what the paper's policy for ResNet-101 keeps.
 ACTIVE_SHARE = 0.75
 # Rounding of one operand or of the result, whichever is larger.
-_ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "tf32": 2**-11, "float32": 2**-24}
+_ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8}
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Trial:
         height, width = ((size - 1) // shape.stride + 1 for size in (shape.height, shape.width))
         self.problem = Problem(
             *(shape.kernel_size, shape.stride, shape.c_in, shape.c_out, height * width),
-            *(arithmetic(dtype), rows),
+            *(str(dtype).removeprefix("torch."), rows),
         )
         reduction = shape.kernel_size**2 * shape.c_in
         kernel = (shape.kernel_size, shape.kernel_size)
@@ -165,7 +165,7 @@ class _Trial:
         # As in a block: the convolution that widens adds to the residual.
         self._form = (shape.kernel_size, shape.stride, True, shape.c_out > shape.c_in)
         self._expected = self._reference()
-        rounding = _ROUNDING[self.problem.arithmetic] + 2**-24 * reduction**0.5
+        rounding = _ROUNDING[self.problem.dtype] + 2**-24 * reduction**0.5
         largest = self._expected.nan_to_num(0.0).abs().max().item()
         self._limit = 8 * rounding * max(largest, 1.0)
         self._scratch = self._out.clone()

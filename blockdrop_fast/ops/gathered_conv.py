@@ -50,7 +50,7 @@ def gathered_conv_(
         out: (R_out, C_out, H_out, W_out), channels-last, changed in place. H_out is
             (H - 1) // stride + 1, W_out likewise.
         x: (R, C_in, H, W) of out's dtype, channels-last, in other memory than out. The kernel takes
-            float16, bfloat16 and float32 (in TF32 where cuDNN's convolutions may use it).
+            float16 and bfloat16; other dtypes are the reference's.
         weight: (kernel_size² · C_in, C_out) of x's dtype, made by ``pack_conv``.
         bias: (C_out,) float32; float64 for float64 x.
         active: (N,) int32 with N <= R, R_out. The first count are the active images, each once.

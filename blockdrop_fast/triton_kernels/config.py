@@ -29,8 +29,7 @@ SHARED_BYTES = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0)
 # Triton's own convolutions were wrong with 8 warps where the loop over a 3x3 filter's taps is not
 # unrolled, as it is not here.
 MOST_WARPS = {1: 8, 3: 4}
-# What products are computed in -> bytes of an activation.
-ELEMENT_SIZES = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
+ELEMENT_BYTES = 2  # float16 and bfloat16
 # (block_m, block_n, warps), largest first.
 TILES = (
     (128, 256, 8),
@@ -43,21 +42,14 @@ TILES = (
     (64, 32, 4),
     (64, 16, 4),
 )
-_SMALL_TILES = ((64, 64, 4), (64, 32, 4), (64, 16, 4))
-# What the rule chooses from. Without tensor cores ("float32") a thread holds parts of both operands
-# in registers, too; wider tiles with 8 warps are for measurements to find.
-DEFAULT_TILES = {
-    "float16": ((128, 128, 4), (128, 64, 4), *_SMALL_TILES),
-    "bfloat16": ((128, 128, 4), (128, 64, 4), *_SMALL_TILES),
-    "tf32": ((128, 64, 4), *_SMALL_TILES),
-    "float32": _SMALL_TILES,
-}
+# What the rule chooses from; wider tiles with 8 warps are for measurements to find.
+DEFAULT_TILES = ((128, 128, 4), (128, 64, 4), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 # Small tiles are for few images, where little else hides that a copy from the L2 cache takes as
 # long as several steps.
 _STAGES = {128: 3, 64: 6}
 # For the rule, of an H100 or H200 at its usual clock: multiplications and additions of a
 # multiprocessor, its share of the L2 cache's bandwidth, and what a tile costs besides its steps.
-MACS_PER_CLOCK = {"float16": 2048, "bfloat16": 2048, "tf32": 1024, "float32": 128}
+MACS_PER_CLOCK = 2048
 L2_BYTES_PER_CLOCK = 40
 TILE_CLOCKS = 2000
 
@@ -78,11 +70,12 @@ class Config:
     warps: int
     stages: int
 
-    def shared_bytes(self, element_size: int) -> int:
+    @property
+    def shared_bytes(self) -> int:
         """Shared memory of the tiles of x and weight that are in flight."""
-        return self.stages * (self.block_m + self.block_n) * self.block_k * element_size
+        return self.stages * (self.block_m + self.block_n) * self.block_k * ELEMENT_BYTES
 
-    def why_not(self, kernel_size: int, element_size: int, shared_bytes: int) -> str:
+    def why_not(self, kernel_size: int, shared_bytes: int) -> str:
         """Why this cannot run with so much shared memory; empty if it can."""
         for name in ("block_m", "block_n", "block_k"):
             size = getattr(self, name)
@@ -95,9 +88,9 @@ class Config:
             return f"stages: expected at least 1, got {self.stages}"
         if self.block_m * self.block_n > SUMS_PER_THREAD * 32 * self.warps:
             return f"warps: {self.warps} lack registers for {self.block_m} x {self.block_n} sums"
-        needed = self.shared_bytes(element_size)
-        if needed > shared_bytes:
-            return f"stages: {needed} bytes of shared memory needed, {shared_bytes} available"
+        if self.shared_bytes > shared_bytes:
+            needed = f"{self.shared_bytes} bytes of shared memory needed"
+            return f"stages: {needed}, {shared_bytes} available"
         return ""
 
 
@@ -108,8 +101,7 @@ class Problem:
     Args:
         kernel_size, stride, c_in, c_out: of the convolution.
         pixels: H_out · W_out.
-        arithmetic: one of ``ELEMENT_SIZES``; "tf32" and "float32" are what products of float32
-            activations are computed in.
+        dtype: of activations, "float16" or "bfloat16".
         rows: images that the buffers are made for, at least 1.
     """
 
@@ -118,13 +110,8 @@ class Problem:
     c_in: int
     c_out: int
     pixels: int
-    arithmetic: str
+    dtype: str
     rows: int
-
-    @property
-    def element_size(self) -> int:
-        """Bytes of an activation."""
-        return ELEMENT_SIZES[self.arithmetic]
 
     def tiles(self, config: Config) -> int:
         """Tiles if all images are active."""
@@ -154,7 +141,7 @@ def _choose(problem: Problem, index: int, folder: str) -> Config:
     properties = torch.cuda.get_device_properties(index)
     shared = shared_bytes((properties.major, properties.minor))
     found = read_tables(properties.name, Path(folder)).get(problem.bucket())
-    if found and not found.why_not(problem.kernel_size, problem.element_size, shared):
+    if found and not found.why_not(problem.kernel_size, shared):
         return found
     return default_config(problem, properties.multi_processor_count, shared)
 
@@ -185,7 +172,7 @@ def default_config(
     """
     configs = [
         config
-        for tile in DEFAULT_TILES[problem.arithmetic]
+        for tile in DEFAULT_TILES
         for config in _configs(problem, tile, shared, (_STAGES[tile[0]], 3, 2))[:1]
     ]
     return min(configs, key=lambda config: _predicted_clocks(problem, config, multiprocessors))
@@ -194,8 +181,8 @@ def default_config(
 def _predicted_clocks(problem: Problem, config: Config, multiprocessors: int) -> float:
     """What the busiest multiprocessor takes: for each tile a fill and a drain, and its steps."""
     macs = config.block_m * config.block_n * config.block_k
-    computing = macs / MACS_PER_CLOCK[problem.arithmetic]
-    loading = config.shared_bytes(problem.element_size) / config.stages / L2_BYTES_PER_CLOCK
+    computing = macs / MACS_PER_CLOCK
+    loading = config.shared_bytes / config.stages / L2_BYTES_PER_CLOCK
     steps = problem.kernel_size**2 * -(-problem.c_in // config.block_k)
     tiles = -(-problem.tiles(config) // multiprocessors)
     return tiles * (TILE_CLOCKS + steps * max(computing, loading))
@@ -223,10 +210,9 @@ def _configs(
     if block_n > max(16, _power_of_two(problem.c_out)):
         return []
     # 128 bytes of a row of x: one line of the cache, one row of swizzled shared memory.
-    block_k = min(128 // problem.element_size, max(16, _power_of_two(problem.c_in)))
+    block_k = min(128 // ELEMENT_BYTES, max(16, _power_of_two(problem.c_in)))
     configs = [Config(block_m, block_n, block_k, warps, count) for count in stages]
-    arguments = (problem.kernel_size, problem.element_size, shared)
-    return [config for config in configs if not config.why_not(*arguments)]
+    return [config for config in configs if not config.why_not(problem.kernel_size, shared)]
 
 
 def _power_of_two(number: int) -> int:

@@ -40,7 +40,6 @@ def gathered_conv_kernel(
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
     WIDE: tl.constexpr,  # offsets do not fit into 32 bits
-    PRECISION: tl.constexpr,  # of float32 products: "tf32" or "ieee"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -100,7 +99,7 @@ def gathered_conv_kernel(
                 b = tl.load(weight + (weight_tile + weight_offset), mask=weight_mask, other=0.0)
             else:
                 b = tl.load(weight + (weight_tile + weight_offset))
-            sums = tl.dot(a, b, sums, input_precision=PRECISION)
+            sums = tl.dot(a, b, sums)
 
         target = slot
         if SCATTER:
@@ -135,7 +134,7 @@ def launch_gathered_conv(
 
     Args:
         out, x, weight, bias, active, count, kernel_size, stride, gather, scatter: as for
-            ``gathered_conv_``, already checked.
+            ``gathered_conv_``, already checked; float32 in Triton's interpreter only.
         config: None: the one of the tables, or the rule where they have none.
         programs: size of the grid; None: as many as there are tiles if all images are active, but
             at most ``PROGRAMS_PER_SM`` for each multiprocessor.
@@ -147,10 +146,8 @@ def launch_gathered_conv(
         raise ValueError(
             f"active: expected fewer than 2**31 pixels of out, got {len(active)} images of {pixels}"
         )
-    problem = Problem(
-        *(kernel_size, stride, x.shape[1], out.shape[1], pixels, arithmetic(x.dtype)),
-        rows=len(active),
-    )
+    dtype = str(x.dtype).removeprefix("torch.")
+    problem = Problem(kernel_size, stride, x.shape[1], out.shape[1], pixels, dtype, len(active))
     on_gpu = x.device.type == "cuda"  # else it is Triton's interpreter, which computes on the CPU
     if config is None:
         config = choose_config(problem, x.device)
@@ -171,17 +168,9 @@ def launch_gathered_conv(
             GATHER=gather,
             SCATTER=scatter,
             WIDE=max(x.numel(), out.numel()) >= OFFSET_LIMIT,
-            PRECISION="ieee" if problem.arithmetic == "float32" else "tf32",
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             num_warps=config.warps,
             num_stages=config.stages,
         )
-
-
-def arithmetic(dtype: torch.dtype) -> str:
-    """What products are computed in; for float32 it is what eager convolutions use."""
-    if dtype == torch.float32:
-        return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "float32"
-    return str(dtype).removeprefix("torch.")

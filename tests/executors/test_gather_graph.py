@@ -1,9 +1,9 @@
-"""The GPU's gather executor on a CPU: plans, buffers, patterns; and what is recorded when."""
+"""The GPU's gather executor on a CPU: plans, buffers, graphs' patterns, failures."""
 
 from __future__ import annotations
 
-import threading
-from contextlib import contextmanager
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import get_args
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from blockdrop_fast.engine import compile
-from blockdrop_fast.executors import choice, gather_graph
+from blockdrop_fast.executors import choice, gather_graph, graph_choice
 from blockdrop_fast.executors.gather import GatherExecutor
-from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Way, padded_batch
-from blockdrop_fast.executors.recording import Recorded
+from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, padded_batch
+from blockdrop_fast.executors.graph_choice import UNIVERSAL, Way
 from blockdrop_fast.measure.tolerance import make_reference
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.networks.resnet import ResNetConfig
@@ -33,6 +33,12 @@ KINDS = ["all kept", "all dropped", "one image", "random"]
 LAUNCHES = get_args(gather_graph.Launch)
 
 
+@pytest.fixture(autouse=True)
+def _graphs_at_once(monkeypatch):
+    """Of each pattern, from its second batch on."""
+    monkeypatch.setattr(graph_choice, "RECORDING_US", 0)
+
+
 def make_executor(config=BOTTLENECK, dtype=torch.float32, **options):
     network = make_network(config)
     return network, GraphGatherExecutor(fold_network(network, dtype), **options)
@@ -48,7 +54,7 @@ def test_within_tolerance(name, kind, launch):
     images = make_images(config, 64)
     decisions = make_decisions(kind, 64, network.num_blocks)
     reference = make_reference(network, images, decisions, torch.float32)
-    for _ in range(2):  # by the universal way, then by the pattern's own
+    for _ in range(2):  # by the universal graph, then by their own
         reference.check("gather", executor.run(images, decisions))
 
 
@@ -59,7 +65,7 @@ def test_every_way_gives_the_same(dense_from, launch):
     images = make_images(BOTTLENECK, 64)
     decisions = make_decisions("random", 64, network.num_blocks)
     reference = make_reference(network, images, decisions, torch.float32)
-    for _ in range(2):
+    for _ in range(2):  # by the universal graph, then by their own
         reference.check("gather", executor.run(images, decisions))
 
 
@@ -96,22 +102,21 @@ def test_policy_decides(pool):
     assert not wanted.all()
 
 
-def test_graphs_of_the_caller_change_the_number_of_images(monkeypatch):
-    """A replay of one, captured for fewer images in the same rows, comes between two calls."""
-    _, executor = make_executor(CIFAR, launch="universal")
+def test_graphs_of_the_caller_have_buffers_of_their_own(monkeypatch):
+    """A replay of one may come between two calls, at any time and on any stream."""
+    _, executor = make_executor(CIFAR)
     images = make_images(CIFAR, 18)
     policy = make_policy(5, images).network
     assert executor.set_policy(fold_network(policy, torch.float32), 1)
-    _, wanted = executor.run_policy(images)
+    expected = executor.run_policy(images)
     with monkeypatch.context() as capturing:
         capturing.setattr(gather_graph, "is_capturing", lambda device: True)
-        executor.run_policy(images[:17])
+        capturing.setattr(executor._side, "fork", None)  # not the stream of other calls, either
+        captured = executor.run_policy(images[:17])
+    for one, other in zip(captured, expected, strict=True):
+        torch.testing.assert_close(one, other[:17])
     (batch,) = executor._batches.values()
-    for _ in range(2):
-        _, decisions = executor.run_policy(images)
-        assert torch.equal(decisions, wanted)
-        batch._is_image[17:] = False  # as the replay does
-    assert wanted[17].any()
+    assert batch.buffers.is_image.all()
 
 
 def test_outputs_outlive_the_next_call():
@@ -144,11 +149,6 @@ def test_no_policy():
         make_executor()[1].run_policy(make_images(BOTTLENECK, 2))
 
 
-def test_refuses_float64():
-    with pytest.raises(TypeError, match=r"float16.*got torch\.float64"):
-        make_executor(dtype=torch.float64)
-
-
 def test_padded_batch():
     for batch in range(1, 2000):
         padded = padded_batch(batch)
@@ -156,43 +156,105 @@ def test_padded_batch():
         assert padded_batch(padded) == padded <= padded_batch(batch + 1)
 
 
-def test_ways_by_counts():
-    """A block's way follows from its count; a pattern has its own recording when it comes back."""
-    _, executor = make_executor(
-        ResNetConfig("basic", (4,), (8,), "cifar", "subsample", 2), dense_from=lambda batch: 0.75
-    )
+def test_every_graph_that_serves_a_batch_gives_the_same(monkeypatch):
+    config = ResNetConfig("basic", (4,), (8,), "cifar", "subsample", 2)
+    _, executor = make_executor(config, dense_from=lambda batch: 0.75)
     decisions = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]).bool()
     images = make_images(CIFAR, 4)
-    executor.run(images, decisions)
+    expected = executor.run(images, decisions)
     (batch,) = executor._batches.values()
-    assert not batch._patterns
-    executor.run(images, decisions)
-    assert list(batch._patterns) == [(Way.NONE, Way.SOME, Way.MASKED, Way.ALL)]
+    seen = []
+    own = [Way.NONE, Way.SOME, Way.MASKED, Way.ALL]
+    for ways in ([0, 0, 0, 0], own, [0, 0, 2, 2], [1, 0, 0, 6]):
+        pattern = int.from_bytes(bytes(ways), "little")
+        monkeypatch.setattr(batch._choice, "choose", lambda w, p=pattern: seen.append(w) or p)
+        torch.testing.assert_close(executor.run(images, decisions), expected)
+        assert pattern in batch._blocks
+    assert {*seen} == {int.from_bytes(bytes(own), "little")}
 
 
-def test_oldest_pattern_goes(monkeypatch):
-    monkeypatch.setattr(gather_graph, "MAX_PATTERNS", 2)
-    monkeypatch.setattr(gather_graph, "MAX_SEEN", 2)
-    network, executor = make_executor(CIFAR)
-    images = make_images(CIFAR, 1)
-    rows = torch.eye(5, dtype=torch.bool)
-    eager = GatherExecutor(fold_network(network, torch.float32))
-    for index in (0, 0, 1, 1, 0, 2, 2, 3, 4):
-        logits = executor.run(images, rows[index : index + 1])
-        torch.testing.assert_close(logits, eager.run(images, rows[index : index + 1]))
+def test_graphs_that_are_no_longer_chosen_from_go(monkeypatch):
+    _, executor = make_executor(CIFAR)
+    images, decisions = make_images(CIFAR, 2), make_decisions("all kept", 2, 5)
+    executor.run(images, decisions)
     (batch,) = executor._batches.values()
-    kept = [[way is Way.ALL for way in pattern].index(True) for pattern in batch._patterns]
-    assert kept == [0, 2]
-    assert len(batch._seen) <= 2
+    for graphs in [(1, UNIVERSAL), (2, UNIVERSAL), (3, 2, UNIVERSAL)]:
+        batch._choice.graphs = graphs
+        batch.blocks(graphs[0])
+        assert set(batch._blocks) <= {*graphs}
+    assert len(batch._blocks) == 3
+
+
+def test_memory_goes_with_the_last_reference():
+    """Not when garbage is collected: freeing a graph would break another's capture."""
+    _, executor = make_executor(CIFAR)
+    images, decisions = make_images(CIFAR, 2), make_decisions("random", 2, 5)
+    executor.run(images, decisions)
+    (batch,) = executor._batches.values()
+    alive = [weakref.ref(one) for one in (executor, batch, batch.stem)]
+    gc.disable()
+    try:
+        del executor, batch
+        assert [one() for one in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_goes_on_by_plain_pytorch(monkeypatch):
+    make_gather_by_graphs(monkeypatch)
+    model, images = make_model()
+    engine = compile(model, strategy="gather")
+    expected = engine(images)
+    decisions = expected.decisions
+
+    def fail(*_, **__):
+        raise RuntimeError("no tensor cores\nat all")
+
+    monkeypatch.setattr(gather_graph, "gathered_conv_", fail)
+    with pytest.raises(RuntimeError, match=r"convolution|channels"):  # an input that nobody can run
+        engine._choice.executor.run(images.repeat(1, 2, 1, 1), decisions)
+    assert engine.strategy_reason == "asked for"
+    with pytest.warns(
+        RuntimeWarning, match="plain PyTorch since .*: RuntimeError: no tensor cores$"
+    ):
+        output = engine(images)
+    monkeypatch.undo()
+    for one in (output, engine(images)):
+        assert torch.equal(one.decisions, decisions)
+        torch.testing.assert_close(one.logits, expected.logits)
+    torch.testing.assert_close(engine.run(images, decisions), expected.logits)
+    assert not engine._choice.executor._batches
+    assert engine.strategy_reason.endswith("RuntimeError: no tensor cores")
+    engine.refresh()
+    assert "failed" not in engine.strategy_reason
+
+
+def test_float32_on_a_gpu_is_plain_pytorch(monkeypatch):
+    """And goes by its table, which was measured so."""
+    weight = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda", 0))
+    network = SimpleNamespace(stem=SimpleNamespace(weight=weight))
+    table = SimpleNamespace(dense_from=0.5, source="today")
+    monkeypatch.setattr(choice, "GatherExecutor", lambda network, **rule: rule)
+    rule, remark = choice._make_gather(network, table, "counts")
+    assert rule == {"dense_from": 0.5}
+    assert "do not compute in torch.float32" in remark
+    assert "today" in remark
+    with pytest.raises(TypeError, match=r"float16.*got torch\.float32"):
+        GraphGatherExecutor(network)
+
+
+def make_gather_by_graphs(monkeypatch):
+    """Engines' gather is the GPU's, on the CPU."""
+
+    def make(network, table, launch):
+        return GraphGatherExecutor(network, launch=launch), ""
+
+    monkeypatch.setattr(choice, "_make_gather", make)
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_in_an_engine(monkeypatch, launch):
-    monkeypatch.setattr(
-        choice,
-        "_make_gather",
-        lambda network, table, launch: (GraphGatherExecutor(network, launch=launch), ""),
-    )
+    make_gather_by_graphs(monkeypatch)
     model, images = make_model()
     engine = compile(model, strategy="gather", launch=launch)
     assert engine.strategy == "gather"
@@ -215,66 +277,3 @@ def test_in_an_engine(monkeypatch, launch):
 def test_engine_refuses_other_launches():
     with pytest.raises(ValueError, match=r"launch: expected one of .*got True"):
         compile(make_model()[0], launch=True)
-
-
-class FakeGraphs:
-    """Stands in for torch.cuda's graphs: what runs while capturing only leaves a recording."""
-
-    def __init__(self, monkeypatch):
-        self.capturing = self.outer = False
-        self.replays = 0
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.outer)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self._replay))
-        monkeypatch.setattr(torch.cuda, "graph", self._graph)
-
-    def _replay(self):
-        self.replays += 1
-
-    @contextmanager
-    def _graph(self, graph, pool, capture_error_mode):
-        assert pool == (0, 1)
-        assert torch.backends.cudnn.benchmark
-        self.capturing = True
-        yield
-        self.capturing = False
-
-
-def test_runs_then_captures_then_replays(monkeypatch):
-    graphs, calls = FakeGraphs(monkeypatch), []
-
-    def function():
-        calls.append(graphs.capturing)
-        return len(calls)
-
-    before = torch.backends.cudnn.benchmark
-    recorded = Recorded(function, pool=(0, 1))
-    assert [recorded() for _ in range(4)] == [1, 2, 2, 2]
-    assert calls == [False, True]
-    assert graphs.replays == 3  # capturing does not execute
-    assert torch.backends.cudnn.benchmark == before
-
-
-def test_captures_in_a_thread_that_has_run(monkeypatch):
-    """Another thread's choices of algorithms are not known, and a capture cannot make them."""
-    graphs, calls = FakeGraphs(monkeypatch), []
-    recorded = Recorded(lambda: calls.append(graphs.capturing), pool=(0, 1))
-    recorded()
-    for _ in range(2):
-        thread = threading.Thread(target=recorded)
-        thread.start()
-        thread.join()
-    assert calls == [False] * 3
-    recorded()
-    assert calls == [False] * 3 + [True]
-    assert graphs.replays == 1
-
-
-def test_runs_in_the_graph_of_somebody_else(monkeypatch):
-    graphs, calls = FakeGraphs(monkeypatch), []
-    recorded = Recorded(lambda: calls.append(0), pool=(0, 1))
-    recorded()
-    recorded()
-    graphs.outer = True
-    recorded()
-    assert len(calls) == 3
-    assert graphs.replays == 1

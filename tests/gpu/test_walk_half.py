@@ -136,7 +136,7 @@ def test_small_walk_with_a_policy():
     engine = make_engine(layers=(1, 1, 1))
     images = make_images(5)
     output = engine(images)
-    assert torch.equal(output.decisions, engine.probabilities(images) >= 0.5)
+    assert torch.equal(output.decisions, engine.decide(images))
     assert torch.equal(output.logits, engine.run(images, output.decisions))
     assert output.decisions.any()
     assert not output.decisions.all()

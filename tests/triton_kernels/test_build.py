@@ -24,7 +24,7 @@ from blockdrop_fast.triton_kernels.gathered_conv import gathered_conv_kernel  # 
 pytestmark = pytest.mark.slow
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "tf32": "*fp32", "float32": "*fp32"}
+POINTERS = {"float16": "*fp16", "bfloat16": "*bf16"}
 MULTIPROCESSORS = {80: 108, 90: 132}
 
 
@@ -39,13 +39,13 @@ class Case:
     size: int
     gather: bool = False
     scatter: bool = False
-    arithmetic: str = "bfloat16"
+    dtype: str = "bfloat16"
     rows: int = 64
 
     def problem(self) -> Problem:
         pixels = ((self.size - 1) // self.stride + 1) ** 2
         channels = (self.c_in, self.c_out)
-        return Problem(self.kernel_size, self.stride, *channels, pixels, self.arithmetic, self.rows)
+        return Problem(self.kernel_size, self.stride, *channels, pixels, self.dtype, self.rows)
 
 
 REDUCE = Case(1, 1, 1024, 256, 14, gather=True)
@@ -56,18 +56,15 @@ MAIN = {  # ResNet-101 in 16 bits
     "middle-14": MIDDLE,
     "expand-14": EXPAND,
     "middle-stride2": Case(3, 2, 256, 256, 28),
-    "expand-7": Case(1, 1, 512, 2048, 7, scatter=True, arithmetic="float16"),
+    "expand-7": Case(1, 1, 512, 2048, 7, scatter=True, dtype="float16"),
     "middle-56": Case(3, 1, 64, 64, 56),
     "middle-7-one-image": Case(3, 1, 512, 512, 7, rows=1),
 }
 OTHERS = {
-    "resnet18-first": Case(3, 2, 64, 128, 56, gather=True, arithmetic="float16"),
+    "resnet18-first": Case(3, 2, 64, 128, 56, gather=True, dtype="float16"),
     "cifar-second": Case(3, 1, 16, 16, 32, scatter=True),
-    "middle-tf32": Case(3, 1, 256, 256, 14, arithmetic="tf32"),
-    "expand-tf32": Case(1, 1, 256, 1024, 14, scatter=True, arithmetic="tf32"),
-    "middle-float32": Case(3, 1, 256, 256, 14, arithmetic="float32"),
 }
-ON_SM_80 = ("reduce-14", "middle-14", "expand-14", "cifar-second", "expand-tf32")
+ON_SM_80 = ("reduce-14", "middle-14", "expand-14", "cifar-second")
 CASES = [(90, name) for name in MAIN | OTHERS] + [(80, name) for name in ON_SM_80]
 
 
@@ -79,7 +76,7 @@ def built(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("triton")
     shared = configs.shared_bytes(divmod(capability, 10))
     config = default_config(case.problem(), MULTIPROCESSORS[capability], shared)
-    pointer = POINTERS[case.arithmetic]
+    pointer = POINTERS[case.dtype]
     signature = {"out": pointer, "x": pointer, "weight": pointer, "bias": "*fp32"}
     signature |= {"active": "*i32", "count": "*i32"}
     constants = {
@@ -92,7 +89,6 @@ def built(request, tmp_path_factory):
         "GATHER": case.gather,
         "SCATTER": case.scatter,
         "WIDE": False,
-        "PRECISION": "ieee" if case.arithmetic == "float32" else "tf32",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -118,11 +114,7 @@ def test_instructions(built):
     capability, case, config, kernel, _ = built
     ptx = kernel.asm["ptx"]
     warpgroup, warp = ptx.count("wgmma.mma_async"), ptx.count("mma.sync")
-    if case.arithmetic == "float32":
-        assert (warpgroup, warp) == (0, 0)
-        assert "fma.rn" in ptx
-    else:
-        assert (warpgroup > 0, warp > 0) == (capability == 90, capability == 80)
+    assert (warpgroup > 0, warp > 0) == (capability == 90, capability == 80)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^,]*, \[[^,]*, 0x(\w+)", ptx)
     assert len(copies) > 0
     if case in MAIN.values():  # a tile of 16 x 16 weights is less than 16 bytes a thread
@@ -143,7 +135,7 @@ def test_limits(built):
     assert local == 0
     assert stack <= (configs.STACK_BYTES if largest and case.scatter else 0)
     assert kernel.metadata.shared <= configs.shared_bytes(divmod(capability, 10))
-    assert kernel.metadata.shared <= config.shared_bytes(case.problem().element_size) + 1024
+    assert kernel.metadata.shared <= config.shared_bytes + 1024
 
 
 def test_no_stack_within_loops(built):
