@@ -194,7 +194,7 @@ class Probabilities(nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, images, decisions):
+    def forward(self, images, decisions=None):
         return self.policy(images)
 
 
@@ -272,7 +272,7 @@ class Looking(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images, decisions):
+    def forward(self, images, decisions=None):
         return self.model.policy_logits(images)
 
 
