@@ -63,7 +63,7 @@ def write(content: dict, folder: Path) -> None:
 
 
 def earlier_cells(path: Path, machine: Mapping, code: str) -> dict[str, dict]:
-    """What a run of the same code and versions on the same GPU has measured already."""
+    """What a run of the same code and versions on the same GPU has left, results or reasons."""
     same = ("gpu", "driver", "torch", "cuda", "cudnn", "triton", "device")
     try:
         content = json.loads(path.read_text())
@@ -71,7 +71,7 @@ def earlier_cells(path: Path, machine: Mapping, code: str) -> dict[str, dict]:
             return {}
         if any(content["machine"].get(key) != machine.get(key) for key in same):
             return {}
-        return {name: cell for name, cell in content["cells"].items() if "why" not in cell}
+        return content["cells"]
     except (OSError, ValueError, KeyError, AttributeError):
         return {}
 
@@ -162,7 +162,6 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     folder = bench.folder_of(scale, environ)
     machine, code = machine_info(scale.device), code_hash()
     machine["commit"] = machine["commit"] or environ.get("BLOCKDROP_COMMIT")
-    done = earlier_cells(folder / "gpu.json", machine, code)
     proof = None if scale.rehearsal else proven.load(scale.device)
     content = {
         "machine": machine,
@@ -170,12 +169,12 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
         "rehearsal": scale.rehearsal,
         "checked": sorted(proof.strategies) if proof else [],
         "check": proof.reason if proof else "",
-        "cells": done,
+        "cells": earlier_cells(folder / "gpu.json", machine, code),
         "left_out": [],
     }
     for cell in cells.STAGES[stage]:
         left = budget - (time.monotonic() - started)
-        if cell.name in done:
+        if "why" not in content["cells"].get(cell.name, {"why": "not yet measured"}):
             continue
         if left < cell.seconds:
             content["left_out"].append(cell.name)

@@ -87,11 +87,11 @@ BENCH = (
     _times(25, "cifar", 8, CIFAR),
     _times(30, "imagenet", 8, IMAGENET),
 )
-TUNE_SECONDS = 110
+TUNE_SECONDS = 90
 DECIDE = (
-    Cell("cifar crossover", 40, lambda bench: bench.crossover("cifar", (1, 8, 16, 32, 64, 256))),
-    Cell("imagenet tune", 130, lambda bench: bench.tune("imagenet", 64, TUNE_SECONDS)),
-    Cell("imagenet crossover", 60, lambda bench: bench.crossover("imagenet", (1, 8, 64, 256))),
+    Cell("cifar crossover", 60, lambda bench: bench.crossover("cifar", (1, 8, 16, 32, 64, 256))),
+    Cell("imagenet tune", 100, lambda bench: bench.tune("imagenet", 64, TUNE_SECONDS)),
+    Cell("imagenet crossover", 80, lambda bench: bench.crossover("imagenet", (1, 8, 64))),
     _times(80, "imagenet", 64, IMAGENET_COMPILED, more=" tuned"),
     _times(70, "imagenet", 1, IMAGENET_COMPILED, more=" tuned"),
 )

@@ -27,9 +27,10 @@ SETTLE_SECONDS = 0.1
 # How long a GPU is kept busy before a timed call, so that the host is ahead of it when it begins:
 # longer than any engine here takes to launch a batch.
 HEAD_START_SECONDS = 5e-4
-# How often every batch is run before any is timed. On a GPU engines record CUDA graphs for batches
-# that come again, which is no part of a call; elsewhere the check of the logits has run them all.
-WARM_PASSES = {"cuda": 8, "cpu": 0}
+# Calls before any is timed, or so many seconds of them. On a GPU engines record CUDA graphs for
+# what comes often enough, which is no part of a call; elsewhere the check of the logits will do.
+WARM_CALLS = {"cuda": 400, "cpu": 0}
+WARM_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -162,17 +163,25 @@ def time_contenders(
 
         with attempt(contender.name):
             executed = check_contender(contender, batches, all_kept, at_decisions, check_own)
-            with torch.inference_mode():
-                for index in range(WARM_PASSES[device.type] * len(batches)):
-                    call(index)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # what fails late is this contender's, too
+            _warm_up(call, len(batches), device)
             decisions[contender.name], calls[contender.name] = executed, call
     options = {"rounds": rounds, "min_seconds": min_seconds, "device": device}
     with torch.inference_mode():
         samples = interleave(calls, warmup=warmup, **options)
         host_samples = interleave(calls, warmup=0, host=True, **options) if host else {}
     return Timed(samples, host_samples, decisions)
+
+
+@torch.inference_mode()
+def _warm_up(call: Callable[[int], object], num_batches: int, device: torch.device) -> None:
+    """All batches twice, and more while there is time; what fails late fails in here."""
+    until = time.perf_counter() + WARM_SECONDS
+    for index in range(WARM_CALLS[device.type]):
+        if index >= 2 * num_batches and time.perf_counter() > until:
+            break
+        call(index)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def interleave(

@@ -138,6 +138,26 @@ def test_a_failed_check_costs_no_figures(check):
 
 
 @pytest.mark.slow
+def test_the_walk_is_profiled_where_there_is_a_profiler(tmp_path):
+    ncu = tmp_path / "ncu"
+    ncu.write_text('#!/bin/bash\necho "$@"\nwhile [ "$1" != "$PYTHON" ]; do shift; done\n"$@"\n')
+    ncu.chmod(0o755)
+    environ = {
+        **os.environ, "PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "BLOCKDROP_GPU_BENCH_DEVICE": "cpu", "BLOCKDROP_GPU_BENCH_OUT": str(tmp_path / "out"),
+    }  # fmt: skip
+    script = ROOT / ".ci" / "gpu-profile"
+    done = subprocess.run([script], env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    text = (tmp_path / "out" / "ncu.txt").read_text()
+    assert "--section=SchedulerStats" in text
+    assert '{"launches": 2}' in text
+    ncu.write_text("#!/bin/bash\necho ERR_NVGPUCTRPERM\nexit 1\n")
+    done = subprocess.run([script], env=environ, capture_output=True, text=True, timeout=120)
+    assert "ncu does not work here:\nERR_NVGPUCTRPERM" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["gpu-build", "gpu-check", "gpu-bench"])
 def test_scripts_say_that_there_is_no_gpu(script):
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}

@@ -106,7 +106,7 @@ def test_captures_of_graphs_are_not_timed(workload, monkeypatch):
         run(index)
         return 1.0
 
-    monkeypatch.setattr(timing, "WARM_PASSES", {"cpu": timing.WARM_PASSES["cuda"]})
+    monkeypatch.setattr(timing, "WARM_CALLS", {"cpu": 64})
     monkeypatch.setattr(timing, "_host_stopwatch", stopwatch)
     batches = timing.chunks(8, workload.images, workload.decisions)
     contender = timing.Contender("records", call, "baseline")
@@ -115,6 +115,14 @@ def test_captures_of_graphs_are_not_timed(workload, monkeypatch):
     )
     assert events.count("capture") == 8
     assert "capture" not in events[events.index("timed") :]
+
+
+def test_warming_up_ends_in_time(monkeypatch):
+    monkeypatch.setattr(timing, "WARM_CALLS", {"cpu": 1000})
+    monkeypatch.setattr(timing, "WARM_SECONDS", 0.01)
+    called = []
+    timing._warm_up(lambda index: (called.append(index), time.sleep(0.01)), 3, torch.device("cpu"))
+    assert called == list(range(6))
 
 
 @pytest.mark.parametrize("fault", ["decisions", "logits", "shape"])
