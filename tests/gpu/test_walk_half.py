@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import blockdrop_fast as bdf
+from blockdrop_fast.executors import crossover, measured, proven
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
 from blockdrop_fast.measure.tolerance import make_reference
 from blockdrop_fast.networks.folding import fold_network
@@ -198,6 +199,7 @@ def test_two_threads_alternate_networks_of_different_size():
         # Begun in different order, so that the threads are at different networks.
         engines = [make_engine(layers=layers) for layers in ((5, 5, 5), (18, 18, 18))]
         calls = 0
+        torch.cuda.synchronize()  # weights were packed on another stream
         with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
             expected = [[engine(images[:n]) for n in (1, 300)] for engine in engines]
             until = time.monotonic() + THREAD_SECONDS
@@ -211,6 +213,22 @@ def test_two_threads_alternate_networks_of_different_size():
 
     with ThreadPoolExecutor(2) as pool:
         assert min(pool.map(work, range(2))) > 10
+
+
+def test_auto_takes_the_walk_where_it_has_passed_and_won(tmp_path, monkeypatch):
+    monkeypatch.setenv(measured.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(measured, "PACKAGED", tmp_path / "none")
+    model, images = make_engine().model, make_images(64)
+    assert bdf.compile(model, dtype=torch.bfloat16).strategy == "gather"
+    seconds = {"dense": 3.0, "gather": 2.0, "walk": 1.0}
+    cells = [crossover.Cell(64, 0.5, seconds)]
+    crossover.save(model.backbone.config, torch.bfloat16, images.device, cells)
+    engine = bdf.compile(model, dtype=torch.bfloat16)
+    assert "have not passed" in engine.strategy_reason
+    proven.save(["walk"], images.device)
+    engine = bdf.compile(model, dtype=torch.bfloat16)
+    assert engine.strategy == "walk", engine.strategy_reason
+    assert torch.equal(engine(images).logits, make_engine()(images).logits)
 
 
 def test_runs_on_the_current_stream():
