@@ -192,4 +192,6 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
 
 
 if __name__ == "__main__":
+    # As an exception, so that the cell's processes end as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     sys.exit(main(sys.argv[1:]))

@@ -105,10 +105,15 @@ class Bench:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """What raises in here is noted, and over; but for a device that is lost with it."""
+        """What raises in here is noted, and over; but for a device that is lost with it.
+
+        An engine that goes on by plain PyTorch warns of it: its figures would not be gather's.
+        """
         self._say(name)
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="strategy 'gather'")
+                yield
         except Exception as error:
             self.dropped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             traceback.print_exc()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,14 @@ def test_a_contender_that_raises_is_dropped(tmp_path, monkeypatch, capsys):
     assert result["dropped"] == {"gather-decides": "RuntimeError: no kernel image"}
     timed = [(row["batch"], row["contender"]) for row in result["rows"]]
     assert timed == [(1, "eager"), (1, "gather-all"), (64, "eager"), (64, "gather-all")]
+
+
+def test_an_engine_that_fell_back_to_plain_pytorch_is_dropped(tmp_path, capsys):
+    setting = bench.Bench(bench.scale_here({"BLOCKDROP_GPU_BENCH_DEVICE": "cpu"}), tmp_path)
+    with setting.attempt("gather-all"):
+        warnings.warn("something else", RuntimeWarning, stacklevel=1)
+        warnings.warn("strategy 'gather'; by plain PyTorch since ...", RuntimeWarning, stacklevel=1)
+    assert "by plain PyTorch" in setting.dropped["gather-all"]
 
 
 def test_a_contender_that_loses_the_device_ends_the_process(tmp_path, monkeypatch, capsys):

@@ -66,6 +66,8 @@ def test_models_walk(kind):
     check_model(kind, CIFAR, "walk")
 
 
+# It goes on by plain PyTorch where its graphs fail, and warns of that.
+@pytest.mark.filterwarnings("error:strategy 'gather'")
 @pytest.mark.parametrize("config", [CIFAR, BOTTLENECK], ids=["basic", "bottleneck"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_gather(kind, config):
