@@ -7,7 +7,13 @@ from importlib import import_module
 
 import tyro
 
-from train.config import PRESETS, STAGES
+from train import config as stages_config
+from train.systems import config as systems_config
+
+STAGES = stages_config.STAGES | systems_config.SYSTEMS
+PRESETS = {
+    name: options | systems_config.PRESETS[name] for name, options in stages_config.PRESETS.items()
+}
 
 
 def main() -> None:
@@ -34,8 +40,9 @@ def main() -> None:
     config = tyro.cli(
         STAGES[stage], args=rest, default=PRESETS[preset][stage], prog=f"python -m train {stage}"
     )
+    package = "train.systems" if stage in systems_config.SYSTEMS else "train"
     try:
-        getattr(import_module(f"train.{stage}"), stage)(config)
+        getattr(import_module(f"{package}.{stage}"), stage)(config)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"{stage}: {error}")
 

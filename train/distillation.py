@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import blockdrop_fast as bdf
+from train.config import Joint, Pretrain
 from train.loop import normalization_of
+from train.systems.config import Exits
 
 
 def distillation_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -26,6 +28,26 @@ def distillation_loss(logits: Tensor, target: Tensor, temperature: float) -> Ten
         reduction="batchmean",
         log_target=True,
     )
+
+
+def taught_loss(
+    logits: Tensor,
+    labels: Tensor,
+    target: Tensor | None,
+    config: Pretrain | Joint | Exits,
+) -> Tensor:
+    """Cross entropy; with a target, the mean of it and of distillation that ``--distill`` weighs.
+
+    Args:
+        logits: (B, C), with gradient.
+        labels: (B,) int64.
+        target: (B, C), the teacher's logits; None without one.
+    """
+    loss = F.cross_entropy(logits, labels)
+    if target is None:
+        return loss
+    distilled = distillation_loss(logits, target, config.temperature)
+    return (1 - config.distill) * loss + config.distill * distilled
 
 
 def load_teacher(

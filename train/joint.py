@@ -22,7 +22,7 @@ from blockdrop_fast.measure.static_line import cached_static_line
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import decisions_of
 from train.config import Joint
-from train.distillation import distillation_loss, load_teacher
+from train.distillation import load_teacher, taught_loss
 from train.expert import calibrate, outcomes
 from train.loop import (
     EVALUATION_BATCH,
@@ -35,6 +35,7 @@ from train.loop import (
     engine_dtype,
     evaluate_test,
     evaluation_metrics,
+    one_cycle,
     plain_batches,
     prepare,
     sampling_generator,
@@ -67,16 +68,8 @@ def joint(config: Joint) -> None:
     learning = {"backbone": (model.backbone, config.lr)}
     if config.policy_lr:
         learning["policy"] = (model.policy, config.policy_lr)
-    optimizer = torch.optim.SGD(
-        [{"params": network.parameters(), "lr": lr} for network, lr in learning.values()],
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=True,
-    )
-    steps = max(1, len(train) // config.batch_size) * config.epochs
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [lr for _, lr in learning.values()], total_steps=steps, cycle_momentum=False
-    )
+    groups = [{"params": network.parameters(), "lr": lr} for network, lr in learning.values()]
+    optimizer, scheduler = one_cycle(config, groups, len(train))
     run = Run(config, model, [optimizer], [scheduler])
     if menu is not None:  # of a resumed run: at the policy that it had come to
         calibrate(model, held_out, config.budget, config.workers)
@@ -96,11 +89,8 @@ def joint(config: Joint) -> None:
                 logits, decisions, values = model.forward_with(
                     images, lambda values, price=price: _choose(menu, values, price)
                 )
-            loss = F.cross_entropy(logits.float(), labels)
-            if teacher is not None:
-                target = teacher(images.to(dtype)).logits.float()
-                distilled = distillation_loss(logits.float(), target, config.temperature)
-                loss = (1 - config.distill) * loss + config.distill * distilled
+            target = None if teacher is None else teacher(images.to(dtype)).logits.float()
+            loss = taught_loss(logits.float(), labels, target, config)
             seen = {"accuracy": (logits.argmax(1) == labels).float().mean()}
             if config.policy_lr:
                 ran = menu.at_price(values, price)[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -139,10 +139,45 @@ class Run:
                 f"{self.config.out} is intact. A lower --lr may help."
             )
 
-    def finish_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Log an epoch's metrics under their names, and write a checkpoint where one is due."""
+    def descend(
+        self,
+        image_set: ImageSet | ImageFolder,
+        epoch: int,
+        step: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+    ) -> Means:
+        """One epoch of gradient descent, in which optimizers and schedulers make a step a batch.
+
+        Args:
+            image_set: to train on.
+            step: (images, labels) -> the loss, and scalars to log beside it.
+
+        Returns:
+            The means of all of them.
+        """
+        means = Means()
+        for images, labels in self.batches(image_set, epoch, self.config.batch_size):
+            loss, seen = step(images, labels)
+            self.check_finite(loss, epoch=epoch, lr=self.schedulers[0].get_last_lr()[0])
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for each in (*self.optimizers, *self.schedulers):
+                each.step()
+            means.add(len(images), loss=loss, **seen)
+            if self.step % 20 == 0:
+                self.show(**means.items())
+        return means
+
+    def finish_epoch(
+        self, epoch: int, metrics: dict[str, float], report: dict | None = None
+    ) -> None:
+        """Log an epoch's metrics under their names, and write a checkpoint where one is due.
+
+        Args:
+            report: JSON-ready, for ``metrics.json`` alone.
+        """
         metrics = {"epoch": epoch, "images_per_second": self.images_per_second} | metrics
-        self.history.append(metrics)
+        self.history.append(metrics | (report or {}))
         for name, value in metrics.items():
             if name != "epoch":
                 self._writer.add_scalar(name, value, epoch)
@@ -316,6 +351,31 @@ def split(
     return tuple(
         image_set.take(part.sort().values) for part in (order[:held_out], order[held_out:])
     )
+
+
+def one_cycle(
+    config: Common, parameters: Iterable[nn.Parameter] | list[dict], images: int
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR]:
+    """SGD with Nesterov momentum, and a one-cycle schedule over all steps of a run.
+
+    Args:
+        config: of a stage that has their options.
+        parameters: to train at ``lr``, or groups with a peak of their own.
+        images: that an epoch trains on.
+    """
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=True,
+    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    steps = max(1, images // config.batch_size) * config.epochs
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peaks, total_steps=steps, cycle_momentum=False
+    )
+    return optimizer, scheduler
 
 
 def autocast(config: Common, device: torch.device) -> AbstractContextManager:

@@ -13,7 +13,6 @@ import re
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import blockdrop_fast as bdf
@@ -21,7 +20,7 @@ from blockdrop_fast.data.batches import Batches
 from blockdrop_fast.data.image_sets import IMAGENET_NORMALIZATION, Dataset
 from blockdrop_fast.measure.static_line import set_accuracies
 from train.config import Pretrain
-from train.distillation import distillation_loss, load_teacher
+from train.distillation import load_teacher, taught_loss
 from train.droppable import Chain, random_subnetworks, recalibrate
 from train.loop import (
     Means,
@@ -29,6 +28,7 @@ from train.loop import (
     autocast,
     engine_dtype,
     evaluate_test,
+    one_cycle,
     plain_batches,
     prepare,
     sampling_generator,
@@ -55,17 +55,7 @@ def pretrain(config: Pretrain) -> None:
     if config.held_out:
         dataset = replace(dataset, train=split(dataset.train, config.held_out, config.seed)[1])
     backbone = _make_backbone(config, dataset).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        backbone.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=True,
-    )
-    steps = max(1, len(dataset.train) // config.batch_size)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=config.epochs * steps, cycle_momentum=False
-    )
+    optimizer, scheduler = one_cycle(config, backbone.parameters(), len(dataset.train))
     dtype = engine_dtype(config, device)
     engine = bdf.compile(backbone, dtype=dtype)
     teacher = load_teacher(
@@ -83,11 +73,8 @@ def pretrain(config: Pretrain) -> None:
             decisions = _decisions(config, len(images), backbone.num_blocks, chain, generator)
             with autocast(config, device):
                 logits = backbone(images, decisions, active_only=decisions is not None)
-                loss = F.cross_entropy(logits, labels)
-                if teacher is not None:
-                    target = teacher(images.to(dtype)).logits.float()
-                    distilled = distillation_loss(logits, target, config.temperature)
-                    loss = (1 - config.distill) * loss + config.distill * distilled
+                target = None if teacher is None else teacher(images.to(dtype)).logits.float()
+                loss = taught_loss(logits, labels, target, config)
             run.check_finite(loss, epoch=epoch, lr=scheduler.get_last_lr()[0])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -15,6 +15,7 @@ import torch
 
 import blockdrop_fast as bdf
 from tests.random_networks import make_look_model
+from tests.train.conftest import FEW
 from train import curriculum as curriculum_module
 from train import demo as demo_module
 from train import finetune as finetune_module
@@ -28,22 +29,6 @@ from train.loop import NonFiniteLossError, engine_dtype
 from train.pretrain import pretrain, stochastic_depth
 
 ROOT = Path(__file__).parents[2]
-FEW = {"limit": 320, "batch_size": 32, "threads": 1}
-
-
-@pytest.fixture(autouse=True)
-def _digits(monkeypatch):
-    monkeypatch.delenv("BLOCKDROP_DATA", raising=False)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("pretrain")
-    pretrain(Pretrain(arch="resnet8", epochs=6, out=out, lr=0.1, **FEW))
-    return out
 
 
 @pytest.fixture(scope="module")
