@@ -31,14 +31,11 @@ from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.evaluation import Evaluation, evaluate
 from blockdrop_fast.measure.static_line import fingerprint
 from blockdrop_fast.measure.tolerance import (
-    Reference,
     WrongLogitsError,
+    make_output_reference,
     make_reference,
-    make_replay_reference,
 )
-from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.checkpoints import locate
-from blockdrop_fast.networks.gated import GatedPolicy, Output
 from train.config import Common
 from train.loop import EVALUATION_BATCH, normalization_of, plain_batches, prepare
 
@@ -209,15 +206,12 @@ def check(one: Loaded, images: Tensor) -> None:
         output = type(outputs[0])(*map(torch.cat, zip(*outputs, strict=True)))
         if decided is None or not torch.equal(output.decisions, decided):
             decided = output.decisions
-            reference = _reference(one, images, output)
+            reference = (
+                make_output_reference(one.engine.model, images, output, images.dtype)
+                if one.keep is None
+                else make_reference(one.engine.backbone, images, decided, images.dtype)
+            )
         reference.check(f"{one.system.name}, batch {batch}", output.logits)
-
-
-def _reference(one: Loaded, images: Tensor, output: Output) -> Reference:
-    model = one.engine.model
-    if isinstance(model, Cascade) or isinstance(getattr(model, "policy", None), GatedPolicy):
-        return make_replay_reference(model, images, output, images.dtype)
-    return make_reference(one.engine.backbone, images, output.decisions, images.dtype)
 
 
 # ------------------------------------------------------------------ results

@@ -21,6 +21,7 @@ COMMANDS = {
         "blockdrop_fast.commands.visualize",
         "a figure of which images use which blocks",
     ),
+    "report": ("blockdrop_fast.commands.report", "a page on what a model does, for a browser"),
     "benchmark": ("blockdrop_fast.commands.benchmark", "milliseconds against the complete ResNet"),
 }
 TRACEBACK_VARIABLE = "BLOCKDROP_TRACEBACK"

@@ -81,16 +81,7 @@ def command(
     def batches(split: ImageSet | ImageFolder) -> Batches:
         return batches_of(split, batch_size, normalization=normalization, device=engine.device)
 
-    accuracies = None
-    if static_line or line_file(checkpoint).exists():
-        train = dataset.train
-        train = train.subset(min(default_images(engine.config.num_blocks), len(train)))
-        kept = {"only_kept": not static_line}
-        line = cached_static_line(checkpoint, engine, list(batches(train)), **kept)
-        if line is not None:
-            accuracies = cached_accuracies(
-                checkpoint, engine, line, lambda: batches(dataset.test), **kept
-            )
+    accuracies = static_accuracies(checkpoint, engine, dataset, batches, only_kept=not static_line)
     evaluations = [
         evaluate(
             engine,
@@ -124,6 +115,30 @@ def command(
             found = [evaluation.to_dict() for evaluation in evaluations]
             about |= found[0] if len(found) == 1 else {"budgets": list(budget), "curve": found}
             path.write_text(json_module.dumps(about, indent=1) + "\n")
+
+
+def static_accuracies(
+    checkpoint: Path,
+    engine: Engine,
+    dataset: Dataset,
+    batches: Callable[[ImageSet | ImageFolder], Batches],
+    only_kept: bool,
+) -> Tensor | None:
+    """(K+1,) accuracies of the static line on the test split, kept beside the checkpoint.
+
+    Args:
+        batches: of a split.
+        only_kept: None where they would have to be computed, in minutes.
+    """
+    if only_kept and not line_file(checkpoint).exists():
+        return None
+    some = dataset.train.subset(min(default_images(engine.config.num_blocks), len(dataset.train)))
+    line = cached_static_line(checkpoint, engine, list(batches(some)), only_kept=only_kept)
+    if line is None:
+        return None
+    return cached_accuracies(
+        checkpoint, engine, line, lambda: batches(dataset.test), only_kept=only_kept
+    )
 
 
 def prepare(

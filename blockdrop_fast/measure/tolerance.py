@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.cascade import Cascade
-from blockdrop_fast.networks.gated import Output
+from blockdrop_fast.networks.gated import GatedPolicy, Output
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNet
 
@@ -105,24 +105,24 @@ def make_policy_reference(policy: PolicyNetwork, images: Tensor, dtype: torch.dt
     return _reference(policy, lambda one, inputs: one.logits(inputs), images, (), dtype)
 
 
-def make_replay_reference(
+def make_output_reference(
     model: BlockDrop | Cascade, images: Tensor, output: Output, dtype: torch.dtype
 ) -> Reference:
-    """The reference of a model that decides on the way, at what it decided.
+    """The reference for images at what a model decided for them, however it did.
 
     Args:
-        model: a cascade, or one whose policy is a ``GatedPolicy``, in eval mode.
+        model: in eval mode.
         images, dtype: as of ``make_reference``.
-        output: of the images; its logits are not read.
+        output: of the images, from any execution; its logits are not read.
     """
+    if isinstance(model, BlockDrop) and not isinstance(model.policy, GatedPolicy):
+        return make_reference(model.backbone, images, output.decisions, dtype)
 
     def run(one: BlockDrop | Cascade, inputs: Tensor, *decided: Tensor) -> Tensor:
         own = type(output)(None, *decided)
-        return (
-            one.replay(inputs, own)
-            if isinstance(one, Cascade)
-            else one.policy.replay(one.backbone, inputs, own)
-        )
+        if isinstance(one, Cascade):
+            return one.replay(inputs, own)
+        return one.policy.replay(one.backbone, inputs, own)
 
     return _reference(model, run, images, output[1:], dtype)
 

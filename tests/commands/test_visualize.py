@@ -10,7 +10,8 @@ from PIL import Image
 
 import blockdrop_fast as bdf
 from blockdrop_fast.commands import cli
-from blockdrop_fast.commands.visualize import Results, choose_examples, draw
+from blockdrop_fast.commands.outcomes import Results, choose_examples
+from blockdrop_fast.commands.visualize import draw
 from blockdrop_fast.data.batches import batches_of, load_digits
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from tests.random_networks import make_look_model

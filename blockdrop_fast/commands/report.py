@@ -1,0 +1,147 @@
+"""The command ``blockdrop report``: one page on what a model does, to look at in a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tyro.conf import Positional
+
+from blockdrop_fast.commands.evaluate import prepare, static_accuracies
+from blockdrop_fast.commands.outcomes import collect
+from blockdrop_fast.commands.report_page import Findings, Latency, page
+from blockdrop_fast.data.batches import Batches, batches_of
+from blockdrop_fast.data.image_sets import ImageFolder, ImageSet, Normalization
+from blockdrop_fast.engine import Engine, compile
+from blockdrop_fast.files import atomic_write
+from blockdrop_fast.machine import machine_info
+from blockdrop_fast.measure import timing
+from blockdrop_fast.measure.evaluation import evaluate
+from blockdrop_fast.measure.tolerance import CHECKED_IMAGES, make_output_reference, make_reference
+from blockdrop_fast.networks.blockdrop import BlockDrop
+
+ROUTING_IMAGES = 2000
+TIMED_IMAGES = 256
+ROUNDS = 9
+
+
+def command(
+    checkpoint: Positional[Path],
+    out: Path,
+    data: Path | None = None,
+    strategy: Literal["auto", "walk", "gather", "dense"] = "auto",
+    batch_size: int = 250,
+    limit: int | None = None,
+    device: str = "auto",
+    batches: tuple[int, ...] = (1, 64),
+) -> None:
+    """Write a page on which blocks a model uses for which images, and what that saves.
+
+    The page is one file without links to others: accuracy and cost, what routing is worth, latency
+    on this machine, block usage, policies and images of each class.
+
+    Args:
+        checkpoint: BlockDrop model, or a shipped one's name.
+        out: the page's file, .html.
+        data: data set folder; default: BLOCKDROP_DATA, else the embedded handwritten digits.
+        strategy: how the engine executes.
+        batch_size: images a batch.
+        limit: use only so many test images, drawn at random.
+        device: cpu, cuda, …; auto takes a GPU where there is one.
+        batches: batch sizes to time; none: no times.
+    """
+    if out.suffix != ".html":
+        raise ValueError(f"out: expected a name that ends in .html, got {str(out)!r}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"out: the folder {str(out.parent)!r} does not exist")
+    engine, dataset, normalization = prepare(checkpoint, data, strategy, limit, device)
+    split = dataset.test
+    if not isinstance(engine.model, BlockDrop):
+        raise ValueError(
+            f"checkpoint: {checkpoint} holds no policy, all images use all blocks; expected a "
+            "BlockDrop model"
+        )
+    if any(not 1 <= batch <= len(split) for batch in batches):
+        raise ValueError(f"batches: expected 1 to {len(split)} images each, got {batches}")
+
+    def images(some: ImageSet | ImageFolder) -> Batches:
+        return batches_of(some, batch_size, normalization=normalization, device=engine.device)
+
+    accuracies = static_accuracies(checkpoint, engine, dataset, images, only_kept=True)
+    complete = compile(engine.backbone, dtype=engine.dtype)
+    found = Findings(
+        title=checkpoint.stem if checkpoint.suffix else str(checkpoint),
+        split=split,
+        layers=engine.config.layers,
+        results=collect(engine, split, normalization, batch_size),
+        evaluation=evaluate(
+            engine, images(split), routing_images=ROUTING_IMAGES, static_accuracies=accuracies
+        ),
+        complete=_complete(complete, split, normalization, batch_size),
+        latencies=_time(engine, complete, split, normalization, batches) if batches else (),
+        machine=machine_info(engine.device),
+        strategy=f"{engine.strategy}: {engine.strategy_reason}",
+    )
+    with atomic_write(out) as path:
+        path.write_text(page(found), encoding="utf-8")
+    print(f"{split.name}: {found.evaluation.format()}")
+    print(out)
+
+
+def _complete(
+    engine: Engine, split: ImageSet | ImageFolder, normalization: Normalization, batch_size: int
+) -> Tensor:
+    """(N,) of the largest probability and (N,) of being right, stacked: the complete network's."""
+    rows = []
+    for images, labels in batches_of(
+        split, batch_size, normalization=normalization, device=engine.device
+    ):
+        top = engine(images).logits.float().softmax(1).max(1)
+        rows.append(torch.stack([top.values.cpu(), (top.indices.cpu() == labels.cpu()).float()]))
+    return torch.cat(rows, 1)
+
+
+def _time(
+    engine: Engine,
+    complete: Engine,
+    split: ImageSet | ImageFolder,
+    normalization: Normalization,
+    batches: tuple[int, ...],
+) -> tuple[Latency, ...]:
+    """Right logits first, then round-robin. Splits are sorted by class, so images are drawn."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    drawn = split.take(order[:TIMED_IMAGES].sort().values)
+    images, _ = next(
+        batches_of(drawn, len(drawn), normalization=normalization, device=engine.device)
+    )
+    images = images.to(engine.dtype).contiguous()
+    some, model = images[:CHECKED_IMAGES], engine.model.eval()
+    output = engine(some)
+    reference = make_output_reference(model, some, output, engine.dtype)
+    reference.check("this model", output.logits)
+    reference = make_reference(engine.backbone, some, None, engine.dtype)
+    reference.check("complete, same engine", complete(some).logits)
+    runs: dict[str, Callable[[Tensor], object]] = {
+        "this model": engine,
+        "complete, same engine": complete,
+        "complete, PyTorch": engine.backbone,
+    }
+    found = []
+    for batch in batches:
+        parts = images.split(batch)
+        parts = parts[: max(1, len(images) // batch)]  # whole ones
+        calls = {
+            name: lambda index, run=run, parts=parts: run(parts[index % len(parts)])
+            for name, run in runs.items()
+        }
+        with torch.inference_mode():
+            samples = timing.interleave(
+                calls, rounds=max(ROUNDS, len(parts) if batch == 1 else 0), device=engine.device
+            )
+        found += [
+            Latency(batch, name, 1e3 * timing.median(values)) for name, values in samples.items()
+        ]
+    return tuple(found)
