@@ -17,9 +17,11 @@ namespace blockdrop::simt {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasStmatrix = false;
 constexpr bool kHasClusters = false;
+#define BLOCKDROP_CLUSTER(blocks)
 #else
 constexpr bool kHasStmatrix = true;
 constexpr bool kHasClusters = true;
+#define BLOCKDROP_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
 #endif
 
 constexpr int kLanes = 32;

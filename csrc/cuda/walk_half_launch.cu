@@ -8,6 +8,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string>
+#include <tuple>
 
 #include "cuda/walk_half.cuh"
 #include "cuda/walk_half.h"
@@ -49,74 +54,86 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 // Registers: could be 255, and nvcc 13.0 takes 232, as all weights of a convolution that are not in
 // registers when it begins (two slices, 72) are fetched ahead.
 template <typename Format>
-__global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const __grid_constant__ Paths paths) {
+__global__ void BLOCKDROP_CLUSTER(cluster::kBlocks) __launch_bounds__(kThreads, 1)
+    cluster_kernel(const __grid_constant__ Paths paths) {
   if constexpr (kHasClusters) cluster::walk<Format>(paths);
 }
 
-using Kernel = void (*)(Paths);
+// The kernels for a format, and what of each runs at once on a device: thread blocks, clusters.
+struct Capacity {
+  void (*walk)(Paths);
+  void (*clusters)(Paths);
+  int64_t num_blocks, num_clusters;
+};
 
-void allow_shared_memory(Kernel kernel, uint32_t bytes) {
-  C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(bytes)));
+// BLOCKDROP_CLUSTERS=0 does without clusters: if a first run hangs, that tells which kernel does.
+bool clusters_wanted() {
+  const char* variable = std::getenv("BLOCKDROP_CLUSTERS");
+  const std::string value = variable ? variable : "";
+  TORCH_CHECK_VALUE(value.empty() || value == "0" || value == "1",
+                    "BLOCKDROP_CLUSTERS: expected 0 or 1, got '", value, "'");
+  return value != "0";
 }
 
-// Launches a cluster a path if the device has clusters and can run all of them at once.
-bool launch_clusters(const Paths& paths, bool bfloat16, int device, int multiprocessors,
-                     cudaStream_t stream) {
-  if (paths.num_paths * cluster::kBlocks > multiprocessors) return false;
-  const Kernel kernel = bfloat16 ? &cluster_kernel<Bfloat16> : &cluster_kernel<Float16>;
-  int has_clusters = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device));
-  int most_bytes = 0;  // not all devices with clusters have as much as sm_90
+template <typename Format>
+Capacity ask_capacity(const Paths& paths, int device) {
+  Capacity capacity{&walk_kernel<Format>, &cluster_kernel<Format>, 0, 0};
+  int multiprocessors = 0, most_bytes = 0, resident = 0, clusters = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   C10_CUDA_CHECK(
       cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  if (!has_clusters || static_cast<uint32_t>(most_bytes) < cluster::shared_bytes(paths)) {
-    return false;
+  // The limit is the process's, not a launch's: with what one network needs, another one's fails.
+  for (const auto kernel : {capacity.walk, capacity.clusters}) {
+    C10_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
   }
-  // Compiled for sm_80, and now for this device by its driver, the kernel is empty.
-  cudaFuncAttributes compiled{};
-  C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)));
-  if (compiled.ptxVersion < 90) return false;
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, capacity.walk, kThreads,
+                                                               shared_bytes(paths)));
+  TORCH_CHECK(resident > 0, "walk_half: a thread block needs ", shared_bytes(paths),
+              " bytes of shared memory, more than this GPU has");
+  capacity.num_blocks = static_cast<int64_t>(resident) * multiprocessors;
 
-  cudaLaunchAttribute size{};
-  size.id = cudaLaunchAttributeClusterDimension;
-  size.val.clusterDim.x = cluster::kBlocks;
-  size.val.clusterDim.y = size.val.clusterDim.z = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(paths.num_paths) * cluster::kBlocks);
-  launch.blockDim = dim3(kThreads);
-  launch.dynamicSmemBytes = cluster::shared_bytes(paths);
-  launch.stream = stream;
-  launch.attrs = &size;
-  launch.numAttrs = 1;
-  allow_shared_memory(kernel, cluster::shared_bytes(paths));
-  int at_once = 0;
-  C10_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&at_once, kernel, &launch));
-  if (paths.num_paths > at_once) return false;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, paths));
-  return true;
+  // Compiled for sm_80, and now for this device by its driver, the cluster's kernel is empty.
+  cudaFuncAttributes compiled{};
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, capacity.clusters));
+  if (clusters_wanted() && compiled.ptxVersion >= 90) {
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(cluster::kBlocks);
+    launch.blockDim = dim3(kThreads);
+    launch.dynamicSmemBytes = cluster::shared_bytes(paths);
+    // An error says that there are none: not all GPUs after sm_90 have as much shared memory.
+    C10_CUDA_IGNORE_ERROR(cudaOccupancyMaxActiveClusters(&clusters, capacity.clusters, &launch));
+    capacity.num_clusters = clusters;
+  }
+  return capacity;
+}
+
+// Asks the runtime once for each device, format and size of shared memory: it takes as long as a
+// small batch.
+Capacity capacity_of(const Paths& paths, bool bfloat16, int device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, bool, uint32_t>, Capacity> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::tuple key(device, bfloat16, keep_bytes(paths));
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  const auto ask = bfloat16 ? &ask_capacity<Bfloat16> : &ask_capacity<Float16>;
+  return known.emplace(key, ask(paths, device)).first->second;
 }
 
 }  // namespace
 
-// At most as many thread blocks as run at once; each takes paths until there are none left. Fewer
-// paths than clusters that run at once: a cluster each.
+// A cluster a path, if all of them run at once. Else at most as many thread blocks as do; each
+// takes paths until there are none left.
 void launch_walk(Paths paths, bool bfloat16) {
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  int device = 0, multiprocessors = 0, resident = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  if (launch_clusters(paths, bfloat16, device, multiprocessors, stream)) return;
-
-  const Kernel kernel = bfloat16 ? &walk_kernel<Bfloat16> : &walk_kernel<Float16>;
-  const uint32_t bytes = shared_bytes(paths);
-  allow_shared_memory(kernel, bytes);
-  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, bytes));
-  TORCH_CHECK(resident > 0, "walk_half: a thread block needs ", bytes,
-              " bytes of shared memory, more than this GPU has");
-  const int64_t blocks =
-      std::min(paths.num_paths, static_cast<int64_t>(resident) * multiprocessors);
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
+  const Capacity capacity = capacity_of(paths, bfloat16, stream.device_index());
+  const bool clusters = paths.num_paths <= capacity.num_clusters;
+  const auto kernel = clusters ? capacity.clusters : capacity.walk;
+  const uint32_t bytes = clusters ? cluster::shared_bytes(paths) : shared_bytes(paths);
+  const int64_t blocks = clusters ? paths.num_paths * cluster::kBlocks
+                                  : std::min(paths.num_paths, capacity.num_blocks);
   at::Tensor queue;
   if (paths.num_paths > blocks) {
     queue = at::empty({1}, at::device(at::kCUDA).dtype(at::kInt));

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +133,27 @@ def test_which_kernel_runs(batch, kernel):
         pytest.skip("the profiler sees no kernels here")
     assert len(names) == 1
     assert kernel in names[0]
+
+
+@pytest.mark.parametrize("clusters", ["0", "1", "off"])
+def test_clusters_turned_off(clusters, tmp_path):
+    """The same bits either way. A process asks its environment once, so each gets its own."""
+    code = (
+        "import sys, torch; from tests.gpu.test_walk_half import *\n"
+        "_, executor = make_executor((2, 1, 1))\n"
+        "torch.save(executor.run(make_images(5), make_decisions(5, 4)).cpu(), sys.argv[1])"
+    )
+    path = tmp_path / "logits.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], env=os.environ | {"BLOCKDROP_CLUSTERS": clusters},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if clusters == "off":
+        assert "BLOCKDROP_CLUSTERS: expected 0 or 1, got 'off'" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    _, executor = make_executor((2, 1, 1))
+    assert torch.equal(torch.load(path), executor.run(make_images(5), make_decisions(5, 4)).cpu())
 
 
 @pytest.mark.sanitizer
