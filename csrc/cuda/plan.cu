@@ -19,8 +19,9 @@ namespace blockdrop::plan {
 namespace {
 
 // A thread block of 1024 threads leaves 64 registers to each.
-// tests/ops/test_cuda_build.py holds the kernel to this line:
+// tests/ops/test_cuda_build.py holds the kernel to these lines:
 // limits: plan_kernel 64 registers, 0 bytes spilled, 0 bytes static shared memory
+// limits: plan_kernel 2000 instructions
 __global__ void __launch_bounds__(kThreads, 1)
     plan_kernel(const __grid_constant__ Arguments arguments) {
   plan(arguments);

@@ -113,10 +113,8 @@ BLOCKDROP_DEVICE void list_active_images(const Arguments& a, int64_t first_colum
 // dropped blocks, one pass for up to 255 of them. Each warp has a run of places, takes them 32 at a
 // time, and counts in bins of its own: warps meet at barriers only.
 //
-// Predicted for B = 1024, K = 54 (sm_90a, no GPU has run it): counting is 540 instructions a warp,
-// 8 warps a scheduler: 4,300 clocks, with 32 loads of each under way; the sort is 1,500, latencies
-// between barriers. 3.5 us at 1.7 GHz; listing takes as long at the same time. An image at a time
-// took two latencies each, 15 to 25 us.
+// For B = 1024, K = 54, sm_90a: counting is 540 instructions a warp, 8 warps a scheduler, with 32
+// loads of each under way; sorting mostly waits at barriers. NOTES.md has the prediction.
 BLOCKDROP_DEVICE void order_by_usage(const Arguments& a) {
   const int warp = warp_index(), lane = lane_index(), thread = thread_index();
   const int64_t run = (a.batch + kThreads - 1) / kThreads * kLanes;
