@@ -65,7 +65,8 @@ sanitize: install ## run the C++ kernels' tests under AddressSanitizer and UBSan
 	    build --build-base build/sanitize --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-	    $(BIN)/pytest tests/ops/test_plan.py tests/ops/test_walk.py $(PYTEST_FLAGS)
+	    $(BIN)/pytest tests/ops/test_plan.py tests/ops/test_walk.py tests/ops/test_walk_gates.py \
+	    $(PYTEST_FLAGS)
 
 bench: install ## run the quick benchmarks (BENCH_FLAGS= for all)
 	$(BIN)/python -m pytest benchmarks $(BENCH_FLAGS) $(PYTEST_FLAGS)

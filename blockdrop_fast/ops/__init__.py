@@ -16,6 +16,14 @@ from blockdrop_fast.ops.walk import (
     walk_policy_reference,
     walk_reference,
 )
+from blockdrop_fast.ops.walk_gates import (
+    walk_halting,
+    walk_halting_reference,
+    walk_sequential,
+    walk_sequential_reference,
+    walk_weighted,
+    walk_weighted_reference,
+)
 from blockdrop_fast.ops.walk_half import (
     walk_half,
     walk_half_policy,
@@ -34,10 +42,16 @@ __all__ = [
     "walk_half_policy",
     "walk_half_policy_reference",
     "walk_half_reference",
+    "walk_halting",
+    "walk_halting_reference",
     "walk_isa",
     "walk_policy",
     "walk_policy_reference",
     "walk_reference",
+    "walk_sequential",
+    "walk_sequential_reference",
+    "walk_weighted",
+    "walk_weighted_reference",
 ]
 
 load_extension()

@@ -22,6 +22,7 @@ from torch import Tensor
 from blockdrop_fast._extension import extension_status
 from blockdrop_fast.ops.walk_network import (
     WIDTHS,
+    check_decisions,
     check_length,
     check_network,
     conv_shapes,
@@ -139,9 +140,10 @@ def walk_reference(
     subsample: bool,
 ) -> Tensor:
     """What ``walk`` computes, in PyTorch operations; of any floating-point dtype, on any device."""
-    _check(images, decisions, weights, layers, num_classes)
+    check(images, weights, layers, num_classes)
+    check_decisions(decisions, len(images), sum(layers))
     return run_network(
-        images, decisions, list(_unpack(weights, layers, num_classes)), layers, subsample
+        images, decisions, list(unpack(weights, layers, num_classes)), layers, subsample
     )
 
 
@@ -158,7 +160,7 @@ def _packed_size(layers: Sequence[int], num_classes: int) -> int:
     return convs + (1 + WIDTHS[-1]) * (num_classes + -num_classes % CLASS_MULTIPLE)
 
 
-def _unpack(
+def unpack(
     weights: Tensor, layers: Sequence[int], num_classes: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(weight, bias) of each convolution in order, and of the classifier."""
@@ -176,12 +178,11 @@ def _unpack(
     yield packed[1:].t(), packed[0]
 
 
-def _check(
-    images: Tensor, decisions: Tensor, weights: Tensor, layers: Sequence[int], num_classes: int
-) -> None:
+def check(images: Tensor, weights: Tensor, layers: Sequence[int], num_classes: int) -> None:
+    """Raise TypeError or ValueError unless ``walk`` takes these."""
     if images.dtype != weights.dtype:
         raise TypeError(f"images: expected dtype {weights.dtype}, got {images.dtype}")
-    check_network(images, decisions, layers, num_classes)
+    check_network(images, layers, num_classes)
     if any(size == 0 or size % SIZE_MULTIPLE for size in images.shape[2:]):
         raise ValueError(
             "images: height and width must be positive multiples of 4, got "

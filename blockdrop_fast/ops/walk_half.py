@@ -21,6 +21,7 @@ from torch import Tensor
 
 from blockdrop_fast.ops.walk_network import (
     WIDTHS,
+    check_decisions,
     check_length,
     check_network,
     conv_shapes,
@@ -173,7 +174,8 @@ def _check(
         raise TypeError(
             f"images: expected dtype torch.bfloat16 or torch.float16, got {images.dtype}"
         )
-    check_network(images, decisions, layers, num_classes)
+    check_network(images, layers, num_classes)
+    check_decisions(decisions, len(images), sum(layers))
     if images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"images: expected shape (B, 3, 32, 32), got {tuple(images.shape)}")
     if weights.dtype != torch.uint8:

@@ -9,6 +9,7 @@ parameters. A walk's own are the packing of the weights and the precision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from blockdrop_fast.ops._library import LIBRARY, REFERENCE
 
 WIDTHS = (16, 32, 64)
 IMAGE_CHANNELS = 3
-_NETWORK = "Tensor weights, int[] layers, int num_classes, bool subsample"
+NETWORK = "Tensor weights, int[] layers, int num_classes, bool subsample"
 
 
 def conv_shapes(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -32,6 +33,69 @@ def conv_shapes(layers: Sequence[int]) -> Iterator[tuple[int, int]]:
             channels = width
 
 
+class ReferenceNetwork:
+    """The layers that a walk's reference is made of.
+
+    In the parameters' dtype, activations rounded to the images'.
+
+    Args:
+        parameters: (weight, bias) of each convolution in order, and of the classifier.
+        layers, subsample: as for ``blockdrop_fast.ops.walk``.
+        dtype: of the images.
+
+    Attributes:
+        layers: as above.
+        num_blocks: K.
+        exact: the parameters' dtype.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[Tensor, Tensor]],
+        layers: Sequence[int],
+        subsample: bool,
+        dtype: torch.dtype,
+    ):
+        *self._convs, self._classifier = parameters
+        self._subsample, self._dtype = subsample, dtype
+        self.layers, self.num_blocks = tuple(layers), sum(layers)
+        self.exact = self._classifier[0].dtype
+        starts = list(accumulate(self.layers, initial=0))
+        self._shape_changing = set(starts[1:-1])
+
+    def stem(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 16, H, W), the input of the first block."""
+        return self._convolve(0, images)
+
+    def block(self, block: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a block, counted from 0, gives for its input: kept, and dropped."""
+        stride = 2 if block in self._shape_changing else 1
+        shortcut = x
+        if stride == 2:
+            shortcut = shape_changing_shortcut(x.to(self.exact), self._subsample).to(self._dtype)
+        hidden = self._convolve(1 + 2 * block, x, stride)
+        return self._convolve(2 + 2 * block, hidden, residual=shortcut), shortcut
+
+    def run_block(self, block: int, x: Tensor, keep: Tensor) -> Tensor:
+        """A block's output; ``keep`` is (B,) bool."""
+        kept, dropped = self.block(block, x)
+        return torch.where(keep[:, None, None, None], kept, dropped)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C), the means over pixels."""
+        return x.to(self.exact).mean((2, 3))
+
+    def classify(self, x: Tensor) -> Tensor:
+        """(B, 64, H / 4, W / 4) -> (B, num_classes) logits of the parameters' dtype."""
+        return F.linear(self.pooled(x), *self._classifier)
+
+    def _convolve(
+        self, index: int, x: Tensor, stride: int = 1, residual: Tensor | float = 0.0
+    ) -> Tensor:
+        sums = F.conv2d(x.to(self.exact), *self._convs[index], stride, padding=1)
+        return F.relu(sums + residual).to(self._dtype)
+
+
 def run_network(
     images: Tensor,
     decisions: Tensor,
@@ -39,40 +103,26 @@ def run_network(
     layers: Sequence[int],
     subsample: bool,
 ) -> Tensor:
-    """What a walk computes: in the parameters' dtype, activations rounded to the images'.
+    """What a walk computes.
 
     Args:
         images, decisions, layers, subsample: as for ``blockdrop_fast.ops.walk``.
-        parameters: (weight, bias) of each convolution in order, and of the classifier.
+        parameters: as of ``ReferenceNetwork``.
 
     Returns:
         (B, num_classes) or (S, B, num_classes) logits of the parameters' dtype.
     """
-    classifier = parameters[-1]
     if decisions.ndim == 3:
         arguments = (parameters, layers, subsample)
+        classifier = parameters[-1][0]
         if len(decisions) == 0:
-            return classifier[0].new_empty(0, len(images), len(classifier[0]))
+            return classifier.new_empty(0, len(images), len(classifier))
         return torch.stack([run_network(images, one, *arguments) for one in decisions])
-    dtype, exact = images.dtype, classifier[0].dtype
-    convs = iter(parameters[:-1])
-
-    def convolve(x: Tensor, stride: int = 1, residual: Tensor | float = 0.0) -> Tensor:
-        sums = F.conv2d(x.to(exact), *next(convs), stride, padding=1)
-        return F.relu(sums + residual).to(dtype)
-
-    x = convolve(images)
-    block = 0
-    for segment, num_blocks in enumerate(layers):
-        for index in range(num_blocks):
-            stride = 2 if segment > 0 and index == 0 else 1
-            shortcut = x
-            if stride == 2:
-                shortcut = shape_changing_shortcut(x.to(exact), subsample).to(dtype)
-            kept = convolve(convolve(x, stride), residual=shortcut)
-            x = torch.where(decisions[:, block, None, None, None], kept, shortcut)
-            block += 1
-    return F.linear(x.to(exact).mean((2, 3)), *classifier)
+    network = ReferenceNetwork(parameters, layers, subsample, images.dtype)
+    x = network.stem(images)
+    for block in range(network.num_blocks):
+        x = network.run_block(block, x, decisions[:, block])
+    return network.classify(x)
 
 
 def shape_changing_shortcut(x: Tensor, subsample: bool) -> Tensor:
@@ -101,22 +151,24 @@ def run_policy(
     return logits, decisions, policy_logits
 
 
-def check_network(
-    images: Tensor, decisions: Tensor, layers: Sequence[int], num_classes: int
-) -> None:
-    """Raise TypeError or ValueError unless these can be a walk's, of any size and precision."""
+def check_network(images: Tensor, layers: Sequence[int], num_classes: int) -> None:
+    """Raise ValueError unless these can be a walk's, of any size."""
     if images.ndim != 4 or images.shape[1] != IMAGE_CHANNELS:
         raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
     if len(layers) != len(WIDTHS) or min(layers) < 1:
         raise ValueError(f"layers: expected at least one block in 3 segments, got {list(layers)}")
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+
+
+def check_decisions(decisions: Tensor, batch: int, num_blocks: int) -> None:
+    """Raise TypeError or ValueError unless these can be a walk's."""
     if decisions.dtype != torch.bool:
         raise TypeError(f"decisions: expected dtype torch.bool, got {decisions.dtype}")
-    if decisions.ndim not in (2, 3) or decisions.shape[-2:] != (len(images), sum(layers)):
+    if decisions.ndim not in (2, 3) or decisions.shape[-2:] != (batch, num_blocks):
         raise ValueError(
-            f"decisions: expected shape (B, K) or (S, B, K) with B = {len(images)} and "
-            f"K = {sum(layers)}, got {tuple(decisions.shape)}"
+            f"decisions: expected shape (B, K) or (S, B, K) with B = {batch} and "
+            f"K = {num_blocks}, got {tuple(decisions.shape)}"
         )
 
 
@@ -133,8 +185,8 @@ def define_walk(
 ) -> None:
     """Define the operators ``name`` and ``name_policy``, with references and shape functions."""
     schemas = (
-        f"{name}(Tensor images, Tensor decisions, {_NETWORK}{options}) -> Tensor",
-        f"{name}_policy(Tensor images, {_NETWORK}, Tensor policy_weights, int[] policy_layers)"
+        f"{name}(Tensor images, Tensor decisions, {NETWORK}{options}) -> Tensor",
+        f"{name}_policy(Tensor images, {NETWORK}, Tensor policy_weights, int[] policy_layers)"
         " -> (Tensor logits, Tensor decisions, Tensor policy_logits)",
     )
     for schema in schemas:
@@ -148,7 +200,7 @@ def define_walk(
 
 
 def _walk_fake(images: Tensor, decisions: Tensor, _weights, _layers, num_classes, *_) -> Tensor:
-    return _new_logits(images, (*decisions.shape[:-1], num_classes))
+    return new_logits(images, (*decisions.shape[:-1], num_classes))
 
 
 def _walk_policy_fake(
@@ -156,9 +208,10 @@ def _walk_policy_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_blocks = images.shape[0], sum(layers)
     decisions = images.new_empty((batch, num_blocks), dtype=torch.bool)
-    logits = _new_logits(images, (batch, num_classes))
-    return logits, decisions, _new_logits(images, (batch, num_blocks))
+    logits = new_logits(images, (batch, num_classes))
+    return logits, decisions, new_logits(images, (batch, num_blocks))
 
 
-def _new_logits(images: Tensor, shape: tuple[int, ...]) -> Tensor:
+def new_logits(images: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Of the dtype that a walk of these images gives."""
     return images.new_empty(shape, dtype=torch.promote_types(images.dtype, torch.float32))

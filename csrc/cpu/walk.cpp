@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -37,10 +38,7 @@ class PathProgram {
     walker_.begin();
     for (int i = 0; i < num_sets_; ++i) {
       const int fork = paths_[i].fork;
-      if (i > 0) {
-        walker_.copy(walker_.buffers.spare[i - 1], walker_.buffers.x[walk.segment_before(fork)],
-                     fork);
-      }
+      if (i > 0) copy(walker_.buffers.spare[i - 1], x_before(fork), fork);
       run_blocks(i);
       const int64_t row = int64_t{paths_[i].set} * walk.images.batch + walker_.image;
       walker_.classify(logits_ + row * num_classes);
@@ -50,28 +48,31 @@ class PathProgram {
  private:
   // The blocks of path `i` from its fork on.
   void run_blocks(int i) {
-    const Network& network = walker_.walk.network;
-    int block = 0;
-    for (int segment = 0; segment < kSegments; ++segment) {
-      const int segment_begin = block;
-      for (; block < segment_begin + network.layers[segment]; ++block) {
-        if (block < paths_[i].fork) continue;
-        save_for_forks(i, block);
-        const bool changes_shape = segment > 0 && block == segment_begin;
-        walker_.run_block(block, segment, changes_shape, paths_[i].keep[block]);
-      }
+    const int num_blocks = walker_.walk.network.num_blocks;
+    for (int block = paths_[i].fork; block < num_blocks; ++block) {
+      save_for_forks(i, block);
+      walker_.run_block(block, paths_[i].keep[block]);
     }
-    save_for_forks(i, block);
+    save_for_forks(i, num_blocks);
   }
 
   // Keeps the activations before `block` for the paths that part from path `i` there.
   void save_for_forks(int i, int block) {
     for (int j = i + 1; j < num_sets_; ++j) {
       if (paths_[j].source == i && paths_[j].fork == block) {
-        walker_.copy(walker_.buffers.x[walker_.walk.segment_before(block)],
-                     walker_.buffers.spare[j - 1], block);
+        copy(x_before(block), walker_.buffers.spare[j - 1], block);
       }
     }
+  }
+
+  float* x_before(int block) const {
+    return walker_.buffers.x[walker_.walk.network.segment_before(block)];
+  }
+
+  void copy(const float* from, float* to, int block) {
+    const Walk& walk = walker_.walk;
+    const int64_t size = walk.activation_size(walk.network.segment_before(block));
+    walker_.step([&] { std::memcpy(to, from, size * sizeof(float)); });
   }
 
   Walker& walker_;
@@ -91,7 +92,7 @@ at::Tensor run_network(const Network& network, const Images& images, const at::T
   // Input and stem; for each path restoring, two a block, classifier, and at most one copy for
   // each other path.
   const int64_t max_steps = 2 + int64_t{num_sets} * (2 * network.num_blocks + 2 + num_sets);
-  Walk walk(choose_kernels(), network, images, num_sets - 1);
+  Walk walk(choose_kernels(), network, images, num_sets - 1, network.padded_classes);
   walk.run(order_images(paths, num_sets, images.batch, network.num_blocks), max_steps,
            [&](Walker& walker) {
              const Path* own = &paths[static_cast<size_t>(walker.image) * num_sets];

@@ -66,6 +66,33 @@ struct Classifier {
   int padded_classes;  // a multiple of 16
 };
 
+// sums[y] = sum(input[y] over the pixels of the row), the rows and panels of a part. In rows, so
+// that whoever has computed a part of a layer can add it up while it is in its cache.
+struct RowSums {
+  const float* input;  // [height + 2, width + 2, channels]
+  float* sums;         // [height, channels]
+  int width;
+  int channels;  // 16, 32 or 64
+};
+
+// output = share * input, + sum; the rows and panels of a part.
+struct Blend {
+  const float* input;  // [height + 2, width + 2, channels]
+  const float* sum;    // the same, or null
+  float share;
+  float* output;  // the same, may be any of the two
+  int width;
+  int channels;
+};
+
+// output = mean of each [rows, columns] of the input, 1 or 2 of each; the rows of a part.
+struct AveragePool {
+  const float* input;  // [rows * height + 2, columns * width + 2, 16]
+  float* output;       // [height + 2, width + 2, 16]
+  int width;           // of the output
+  int rows, columns;
+};
+
 struct Kernels {
   const char* name;
   void (*stem)(const Conv&, const Part&);              // 3 -> 16 channels
@@ -73,6 +100,16 @@ struct Kernels {
   void (*strided_convs[3])(const Conv&, const Part&);  // null, 16 -> 32, 32 -> 64, stride 2
   void (*shortcut)(const Shortcut&, const Part&);      // uses the rows of the part
   void (*classifier)(const Classifier&);
+  void (*row_sums)(const RowSums&, const Part&);
+  void (*blend)(const Blend&, const Part&);
+  void (*average_pool)(const AveragePool&, const Part&);
+  // mean = (sum of sums [rows, channels] over rows) / pixels
+  void (*mean)(const float* sums, int rows, int channels, int pixels, float* mean);
+  // gate [1 + channels]: bias, then weights -> bias + weights * mean
+  float (*score)(const float* gate, const float* mean, int channels);
+  // logits [classes] = weights [1 + channels, classes] (the bias first) * mean, classes a multiple
+  // of 16
+  void (*linear)(const float* weights, const float* mean, int channels, int classes, float* logits);
 };
 
 // Null where this build does not have the instruction set.

@@ -8,6 +8,12 @@
 
 namespace blockdrop::walk {
 
+int Network::segment_of(int block) const {
+  int segment = 0;
+  for (int end = layers[0]; segment < kSegments - 1 && block >= end;) end += layers[++segment];
+  return segment;
+}
+
 Network read_network(const char* name, const at::Tensor& weights, at::IntArrayRef layers,
                      int64_t num_classes, bool subsample) {
   TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat, name,

@@ -28,6 +28,11 @@ struct Network {
   const float* stem;
   std::vector<const float*> convs;  // [2 * num_blocks]
   const float* classifier;
+
+  int segment_of(int block) const;
+  // The segment whose shape has the input of `block` (for num_blocks: of the classifier).
+  int segment_before(int block) const { return block == 0 ? 0 : segment_of(block - 1); }
+  bool changes_shape(int block) const { return segment_of(block) != segment_before(block); }
 };
 
 // Raises TypeError or ValueError; `name` is the argument's.

@@ -331,6 +331,14 @@ void shorten(const Shortcut& shortcut, const Part& part) {
   }
 }
 
+void linear(const float* weights, const float* mean, int channels, int classes, float* logits) {
+  for (int j = 0; j < classes; j += kLanes) {
+    Vec sum = load(weights + j);
+    for (int c = 0; c < channels; ++c) sum += mean[c] * load(weights + (c + 1) * classes + j);
+    store(logits + j, sum);
+  }
+}
+
 void classify(const Classifier& classifier) {
   constexpr int kChannels = 64;
   constexpr int kVectors = kChannels / kLanes;
@@ -347,13 +355,86 @@ void classify(const Classifier& classifier) {
   const float pixels = static_cast<float>(classifier.height * classifier.width);
   for (int v = 0; v < kVectors; ++v) store(mean + v * kLanes, sums[v] / pixels);
 
-  const int classes = classifier.padded_classes;
-  for (int j = 0; j < classes; j += kLanes) {
-    Vec sum = load(classifier.weights + j);
-    for (int c = 0; c < kChannels; ++c) {
-      sum += mean[c] * load(classifier.weights + (c + 1) * classes + j);
+  linear(classifier.weights, mean, kChannels, classifier.padded_classes, classifier.logits);
+}
+
+// ---------------------------------------------------------------- what gates look at
+
+void sum_rows(const RowSums& rows, const Part& part) {
+  const int channels = rows.channels, panel = panel_channels(channels);
+  constexpr int kChains = 4;  // of additions that do not wait for each other
+  for (int row = part.row_begin; row < part.row_end; ++row) {
+    const float* x = rows.input + ((row + 1) * (rows.width + 2) + 1) * channels;
+    for (int c = part.panel_begin * panel; c < part.panel_end * panel; c += kLanes) {
+      Vec sums[kChains] = {};
+      int column = 0;
+      for (; column + kChains <= rows.width; column += kChains) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kChains; ++i) sums[i] += load(x + (column + i) * channels + c);
+      }
+      for (; column < rows.width; ++column) sums[0] += load(x + column * channels + c);
+      store(rows.sums + row * channels + c, (sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
-    store(classifier.logits + j, sum);
+  }
+}
+
+void mean_of_rows(const float* sums, int rows, int channels, int pixels, float* mean) {
+  for (int c = 0; c < channels; c += kLanes) {
+    Vec sum = {};
+    for (int row = 0; row < rows; ++row) sum += load(sums + row * channels + c);
+    store(mean + c, sum / static_cast<float>(pixels));
+  }
+}
+
+float score(const float* gate, const float* mean, int channels) {
+  Vec products = {};
+  for (int c = 0; c < channels; c += kLanes) products += load(gate + 1 + c) * load(mean + c);
+  float lanes[kLanes];
+  store(lanes, products);
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  }
+  return gate[0] + lanes[0];
+}
+
+// ---------------------------------------------------------------- what gates ask for
+
+template <bool kHasSum>
+void blend_rows(const Blend& blend, const Part& part) {
+  const int channels = blend.channels, panel = panel_channels(channels);
+  for (int row = part.row_begin; row < part.row_end; ++row) {
+    for (int column = 0; column < blend.width; ++column) {
+      const int at = ((row + 1) * (blend.width + 2) + column + 1) * channels;
+      for (int c = part.panel_begin * panel; c < part.panel_end * panel; c += kLanes) {
+        Vec value = blend.share * load(blend.input + at + c);
+        if (kHasSum) value = load(blend.sum + at + c) + value;
+        store(blend.output + at + c, value);
+      }
+    }
+  }
+}
+
+void blend(const Blend& arguments, const Part& part) {
+  arguments.sum ? blend_rows<true>(arguments, part) : blend_rows<false>(arguments, part);
+}
+
+void average_pool(const AveragePool& pool, const Part& part) {
+  constexpr int kChannels = 16;
+  const int x_row = (pool.columns * pool.width + 2) * kChannels;
+  const float scale = 1.f / static_cast<float>(pool.rows * pool.columns);
+  for (int row = part.row_begin; row < part.row_end; ++row) {
+    const float* x = pool.input + (pool.rows * row + 1) * x_row + kChannels;
+    float* y = pool.output + ((row + 1) * (pool.width + 2) + 1) * kChannels;
+    for (int column = 0; column < pool.width; ++column, y += kChannels) {
+      for (int c = 0; c < kChannels; c += kLanes) {
+        Vec sum = {};
+        for (int i = 0; i < pool.rows; ++i) {
+          for (int j = 0; j < pool.columns; ++j) sum += load(x + i * x_row + j * kChannels + c);
+        }
+        store(y + c, sum * scale);
+      }
+      x += pool.columns * kChannels;
+    }
   }
 }
 
@@ -363,7 +444,13 @@ constexpr Kernels make_kernels(const char* name) {
           {convolve_same<16>, convolve_same<32>, convolve_same<64>},
           {nullptr, convolve<16, 32, 2>, convolve<32, 64, 2>},
           shorten,
-          classify};
+          classify,
+          sum_rows,
+          blend,
+          average_pool,
+          mean_of_rows,
+          score,
+          linear};
 }
 
 }  // namespace

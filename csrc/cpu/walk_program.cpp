@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 namespace blockdrop::walk {
@@ -30,11 +29,18 @@ void clear_border(float* activation, int height, int width, int channels) {
   }
 }
 
+Part all_panels(Part part, int channels) {
+  part.panel_begin = 0;
+  part.panel_end = channels / panel_channels(channels);
+  return part;
+}
+
 }  // namespace
 
 // All scratch memory of the call comes from one tensor, so that torch's filling of uninitialised
 // memory (torch.utils.deterministic) reaches it.
-Walk::Walk(const Kernels& kernels, const Network& network, const Images& images, int num_spare)
+Walk::Walk(const Kernels& kernels, const Network& network, const Images& images, int num_spare,
+           int num_logits)
     : kernels(kernels),
       network(network),
       images(images),
@@ -45,7 +51,8 @@ Walk::Walk(const Kernels& kernels, const Network& network, const Images& images,
   for (int segment = 0; segment < kSegments; ++segment) {
     spare_size = std::max(spare_size, activation_size(segment));
   }
-  std::vector<int64_t> sizes{image_size, network.padded_classes, kScratchFloats};
+  const int64_t sums_size = int64_t{images.height} * kWidths[0];  // alike in all segments
+  std::vector<int64_t> sizes{image_size, num_logits, sums_size, kScratchFloats};
   for (int segment = 0; segment < kSegments; ++segment) {
     sizes.insert(sizes.end(), 2, activation_size(segment));
   }
@@ -58,7 +65,8 @@ Walk::Walk(const Kernels& kernels, const Network& network, const Images& images,
   auto take = [&](int64_t size) { return std::exchange(next, next + round_up(size, 16)); };
   for (Buffers& buffers : buffers_) {
     buffers.padded_image = take(image_size);
-    buffers.logits = take(network.padded_classes);
+    buffers.logits = take(num_logits);
+    buffers.row_sums = take(sums_size);
     buffers.kernel_scratch = take(kScratchFloats);
     for (int segment = 0; segment < kSegments; ++segment) {
       buffers.x[segment] = take(activation_size(segment));
@@ -66,14 +74,6 @@ Walk::Walk(const Kernels& kernels, const Network& network, const Images& images,
     }
     for (int i = 0; i < num_spare; ++i) buffers.spare.push_back(take(spare_size));
   }
-}
-
-int Walk::segment_before(int block) const {
-  int segment = 0;
-  for (int end = network.layers[0]; segment < kSegments - 1 && block > end;) {
-    end += network.layers[++segment];
-  }
-  return segment;
 }
 
 void Walk::clear_borders(const Buffers& buffers) const {
@@ -85,73 +85,65 @@ void Walk::clear_borders(const Buffers& buffers) const {
   }
 }
 
-void Walker::begin() {
-  steps_.run(1, [&](int) { pad_image(); });
-  convolve(walk.kernels.stem, walk.network.stem, buffers.padded_image, nullptr, buffers.x[0], 0);
+RowSums Walker::row_sums(int segment) const {
+  return {buffers.x[segment], buffers.row_sums, walk.width(segment), kWidths[segment]};
 }
 
-void Walker::run_block(int block, int segment, bool changes_shape, bool keep) {
+void Walker::begin(bool sum_rows) {
+  step([&] { pad_image(); });
+  const Conv stem{buffers.padded_image, walk.network.stem, nullptr,
+                  buffers.x[0],         walk.height(0),    walk.width(0)};
+  step_in_parts(stem.height, kWidths[0], [&](const Part& part) {
+    walk.kernels.stem(stem, part);
+    if (sum_rows) walk.kernels.row_sums(row_sums(0), part);
+  });
+}
+
+void Walker::run_block(int block, bool keep, bool sum_rows, const Blend* blend) {
   const Kernels& kernels = walk.kernels;
   const Network& network = walk.network;
+  const int segment = network.segment_of(block);
+  const int height = walk.height(segment), width = walk.width(segment);
+  const int channels = kWidths[segment];
   float* x = buffers.x[segment];
   float* hidden = buffers.hidden[segment];
-  if (changes_shape) {
+  const float* first = network.convs[2 * block];
+  if (network.changes_shape(block)) {
     const float* before = buffers.x[segment - 1];
-    const Shortcut shortcut{
-        before,           x, walk.height(segment), walk.width(segment), kWidths[segment - 1],
-        network.subsample};
-    const Conv conv{before, network.convs[2 * block], nullptr,
-                    hidden, walk.height(segment),     walk.width(segment)};
-    step_in_parts(segment, [&](const Part& part) {
-      if (part.panel_begin == 0) kernels.shortcut(shortcut, part);
+    const Shortcut shortcut{before, x, height, width, kWidths[segment - 1], network.subsample};
+    const Conv conv{before, first, nullptr, hidden, height, width};
+    step_in_parts(height, channels, [&](const Part& part) {
+      // The shortcut moves channels to other panels, so that one part moves those of all.
+      if (part.panel_begin == 0) {
+        kernels.shortcut(shortcut, part);
+        if (sum_rows && !keep) kernels.row_sums(row_sums(segment), all_panels(part, channels));
+      }
       if (keep) kernels.strided_convs[segment](conv, part);
     });
   } else if (keep) {
-    convolve(kernels.convs[segment], network.convs[2 * block], x, nullptr, hidden, segment);
+    const Conv conv{x, first, nullptr, hidden, height, width};
+    step_in_parts(height, channels, [&](const Part& part) {
+      kernels.convs[segment](conv, part);
+      if (blend) kernels.blend(*blend, part);
+    });
   }
   if (keep) {
-    convolve(kernels.convs[segment], network.convs[2 * block + 1], hidden, x, x, segment);
+    const Conv conv{hidden, network.convs[2 * block + 1], x, x, height, width};
+    step_in_parts(height, channels, [&](const Part& part) {
+      kernels.convs[segment](conv, part);
+      if (sum_rows) kernels.row_sums(row_sums(segment), part);
+    });
   }
-}
-
-void Walker::copy(const float* from, float* to, int block) {
-  const int64_t size = walk.activation_size(walk.segment_before(block));
-  steps_.run(1, [&](int) { std::memcpy(to, from, size * sizeof(float)); });
 }
 
 void Walker::classify(float* logits) {
   const Network& network = walk.network;
   const int last = kSegments - 1;
-  steps_.run(1, [&](int) {
+  step([&] {
     walk.kernels.classifier({buffers.x[last], network.classifier, buffers.logits, walk.height(last),
                              walk.width(last), network.padded_classes});
     std::copy_n(buffers.logits, network.num_classes, logits);
   });
-}
-
-template <class Run>
-void Walker::step_in_parts(int segment, const Run& run) {
-  const int height = walk.height(segment);
-  const int panels = kWidths[segment] / panel_channels(kWidths[segment]);
-  if (!steps_.together()) {
-    run(Part{0, height, 0, panels, kernel_scratch_});
-    return;
-  }
-  // Panels first: parts of different panels read different weights.
-  const int pairs = (height + 1) / 2;
-  const int row_parts = std::min((walk.num_threads + panels - 1) / panels, pairs);
-  steps_.run(panels * row_parts, [&](int part) {
-    const int panel = part % panels;
-    const int rows = part / panels;
-    run(Part{2 * (pairs * rows / row_parts), std::min(2 * (pairs * (rows + 1) / row_parts), height),
-             panel, panel + 1, kernel_scratch_});
-  });
-}
-
-void Walker::convolve(void (*kernel)(const Conv&, const Part&), const float* weights,
-                      const float* input, const float* residual, float* output, int segment) {
-  const Conv conv{input, weights, residual, output, walk.height(segment), walk.width(segment)};
-  step_in_parts(segment, [&](const Part& part) { kernel(conv, part); });
 }
 
 void Walker::pad_image() {

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -19,7 +20,8 @@ struct Buffers {
   float* padded_image;        // [H + 2, W + 2, 3]
   float* x[kSegments];        // the activations of each segment
   float* hidden[kSegments];   // between the two convolutions of a block
-  float* logits;              // [padded_classes]
+  float* logits;              // [Walk's num_logits]
+  float* row_sums;            // of the activations that a gate is to look at, [H of x, channels]
   float* kernel_scratch;      // of the slot's thread, whatever image it walks
   std::vector<float*> spare;  // each as large as the largest activations
 };
@@ -29,12 +31,14 @@ class Walker;
 // One call of an operator.
 class Walk {
  public:
-  // `num_spare`: buffers that the program needs beside those of every walk.
-  Walk(const Kernels& kernels, const Network& network, const Images& images, int num_spare);
+  // `num_spare`: buffers that the program needs beside those of every walk. `num_logits`: of the
+  // largest classifier, padded.
+  Walk(const Kernels& kernels, const Network& network, const Images& images, int num_spare,
+       int num_logits);
 
   // Calls program(Walker&) for every image, `order`ed; one that several threads walk together gets
-  // as many calls at once. Input, stem and each block and classifier take 1, 1, 2 and 1 of an
-  // image's `max_steps`.
+  // as many calls at once. Input and stem take 2 of an image's `max_steps`, a block 2, all
+  // others 1.
   template <class Program>
   void run(const std::vector<int>& order, int64_t max_steps, const Program& program);
 
@@ -48,8 +52,6 @@ class Walk {
   int64_t activation_size(int segment) const {
     return int64_t{height(segment) + 2} * (width(segment) + 2) * kWidths[segment];
   }
-  // The segment whose buffer holds the input of `block` (for num_blocks: of the classifier).
-  int segment_before(int block) const;
 
  private:
   void clear_borders(const Buffers& buffers) const;
@@ -72,25 +74,61 @@ class Walker {
   const Buffers& buffers;
   const int image;
 
-  // Input and stem.
-  void begin();
-  // A block of `segment`: its shortcut, and all of it where it is kept.
-  void run_block(int block, int segment, bool changes_shape, bool keep);
-  // Copies activations that are the input of `block`.
-  void copy(const float* from, float* to, int block);
+  // Input and stem. With `sum_rows` a gate can look at what it gives.
+  void begin(bool sum_rows = false);
+  // A block: its shortcut, and all of it where it is kept. `blend` is run with the block's first
+  // convolution, which does not write what that reads.
+  void run_block(int block, bool keep, bool sum_rows = false, const Blend* blend = nullptr);
+  // In a step of its own: decide(mean [channels]) of the activations whose rows were summed last,
+  // which are the input of `block`.
+  template <class Decide>
+  void look(int block, const Decide& decide);
+  // A step of one part.
+  template <class Run>
+  void step(const Run& run) {
+    steps_.run(1, [&](int) { run(); });
+  }
+  // A layer of `channels`, in parts of pairs of rows and panels.
+  template <class Run>
+  void step_in_parts(int height, int channels, const Run& run);
   void classify(float* logits);  // [num_classes]
 
  private:
-  // Runs a layer of `segment` in parts of pairs of rows and panels.
-  template <class Run>
-  void step_in_parts(int segment, const Run& run);
-  void convolve(void (*kernel)(const Conv&, const Part&), const float* weights, const float* input,
-                const float* residual, float* output, int segment);
+  RowSums row_sums(int segment) const;
   void pad_image();
 
   float* const kernel_scratch_;  // of this thread
   Steps steps_;
 };
+
+template <class Run>
+void Walker::step_in_parts(int height, int channels, const Run& run) {
+  const int panels = channels / panel_channels(channels);
+  if (!steps_.together()) {
+    run(Part{0, height, 0, panels, kernel_scratch_});
+    return;
+  }
+  // Panels first: parts of different panels read different weights.
+  const int pairs = (height + 1) / 2;
+  const int row_parts = std::min((walk.num_threads + panels - 1) / panels, pairs);
+  steps_.run(panels * row_parts, [&](int part) {
+    const int panel = part % panels;
+    const int rows = part / panels;
+    run(Part{2 * (pairs * rows / row_parts), std::min(2 * (pairs * (rows + 1) / row_parts), height),
+             panel, panel + 1, kernel_scratch_});
+  });
+}
+
+template <class Decide>
+void Walker::look(int block, const Decide& decide) {
+  step([&] {
+    const int segment = walk.network.segment_before(block);
+    const int height = walk.height(segment), pixels = height * walk.width(segment);
+    float mean[kWidths[kSegments - 1]];
+    walk.kernels.mean(buffers.row_sums, height, kWidths[segment], pixels, mean);
+    decide(mean);
+  });
+}
 
 template <class Program>
 void Walk::run(const std::vector<int>& order, int64_t max_steps, const Program& program) {
