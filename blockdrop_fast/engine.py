@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -27,13 +26,16 @@ from blockdrop_fast.decisions import (
     check_weights,
 )
 from blockdrop_fast.executors import crossover
+from blockdrop_fast.executors.cascade import CascadeEngine
 from blockdrop_fast.executors.choice import choose, choose_policy
 from blockdrop_fast.executors.crossover import Crossover
+from blockdrop_fast.executors.exactly import exactly
 from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import Launch
 from blockdrop_fast.executors.look import Look
 from blockdrop_fast.executors.recording import is_capturing
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
+from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.folded_gates import FoldedExits, fold_gates
 from blockdrop_fast.networks.folding import fold_head, fold_network
@@ -48,20 +50,13 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _exactly(method: Callable) -> Callable:
-    """Run a method without gradients and at the engine's own precision, whatever autocast says.
-
-    Not in inference mode, not even in the caller's: what is returned are ordinary tensors, and what
-    an executor allocates once serves later calls in whatever mode. That a caller captures it is
-    noted for ``refresh``.
-    """
+    """``exactly``; that a caller captures the call is noted for ``refresh``."""
+    method = exactly(method)
 
     @functools.wraps(method)
     def call(self: Engine, *args, **kwargs):
         self._is_captured |= is_capturing(self.device)
-        casts = torch.is_autocast_enabled(self.device.type)
-        exactly = torch.autocast(self.device.type, enabled=False) if casts else nullcontext()
-        with torch.inference_mode(False), torch.no_grad(), exactly:
-            return method(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     return call
 
@@ -375,13 +370,13 @@ def _check_device(model: BlockDrop | ResNet, device: torch.device) -> None:
 
 
 def compile(
-    model: BlockDrop | ResNet,
+    model: BlockDrop | ResNet | Cascade,
     *,
     dtype: torch.dtype = torch.float32,
     strategy: Strategy = "auto",
     validate: bool = False,
     launch: Launch = "counts",
-) -> Engine:
+) -> Engine | CascadeEngine:
     """Freeze a model into an engine: fold batch norm, pack weights, choose how to execute.
 
     Calls of the engine can be captured in a CUDA graph, but for plain PyTorch's "gather", which
@@ -389,12 +384,14 @@ def compile(
     images, and the engine has to live as long as the graph.
 
     Args:
-        model: BlockDrop, or a bare backbone. It is read in eval mode whatever its mode is, and
-            stays as it is; the engine runs on the model's device.
+        model: BlockDrop, a bare backbone, or a cascade, whose networks then are compiled alike. It
+            is read in eval mode whatever its mode is, and stays as it is; the engine runs on the
+            model's device.
         dtype: float32, float64, float16 or bfloat16, of weights and activations.
         strategy: "walk" carries each image along its own path (CIFAR networks, in float32 on a
             CPU, in float16 or bfloat16 on a GPU, whose logits are float32);
-            "gather" runs each block on its active images; "dense" computes everything and masks;
+            "gather" runs each block on its active images; "dense" computes everything and masks,
+            but for policies that decide on the way;
             "auto" takes the fastest that serves the network, ``strategy_reason`` says why.
         validate: on a GPU, also check the values of images and decisions, which waits for the
             device at every call. On a CPU they always are checked.
@@ -408,8 +405,8 @@ def compile(
         ValueError: an unknown strategy or launch, a strategy that does not support the network, or
             a model that is on several devices or on the meta device.
     """
-    if not isinstance(model, (BlockDrop, ResNet)):
-        raise TypeError(f"model: expected BlockDrop or ResNet, got {type(model).__name__}")
+    if not isinstance(model, (BlockDrop, ResNet, Cascade)):
+        raise TypeError(f"model: expected BlockDrop, ResNet or Cascade, got {type(model).__name__}")
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {DTYPES}, got {dtype}")
     if strategy not in ("auto", "walk", "gather", "dense"):
@@ -418,4 +415,6 @@ def compile(
         )
     if launch not in get_args(Launch):
         raise ValueError(f"launch: expected one of {get_args(Launch)}, got {launch!r}")
+    if isinstance(model, Cascade):
+        return CascadeEngine(model, lambda one: Engine(one, dtype, strategy, validate, launch))
     return Engine(model, dtype, strategy, validate, launch)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import blockdrop_fast as bdf
-from blockdrop_fast.measure.tolerance import make_reference
+from blockdrop_fast.measure.tolerance import make_output_reference, make_reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,5 +59,10 @@ def check_run(engine: bdf.Engine, images: Tensor, *given: Tensor | bdf.Output) -
     if logits.ndim == 3:  # of several sets, the last, whose prefixes are shared
         assert len(logits) == len(decisions)
         logits, decisions = logits[-1], decisions[-1]
-    backbone = copy.deepcopy(engine.backbone).eval()
-    make_reference(backbone, images, decisions, engine.dtype).check("engine", logits)
+    model = copy.deepcopy(engine.model).eval()
+    if isinstance(model, bdf.BlockDrop) and isinstance(result, bdf.Output):
+        reference = make_output_reference(model, images, result, engine.dtype)
+    else:
+        backbone = model if isinstance(model, bdf.ResNet) else model.backbone
+        reference = make_reference(backbone, images, decisions, engine.dtype)
+    reference.check("engine", logits)

@@ -602,8 +602,13 @@ def half_on_meta():
 @pytest.mark.parametrize(
     ("model", "options", "error", "message"),
     [
-        (nn.Linear(1, 1), {}, TypeError, "model: expected BlockDrop or ResNet, got Linear"),
-        (None, {}, TypeError, "model: expected BlockDrop or ResNet, got NoneType"),
+        (
+            nn.Linear(1, 1),
+            {},
+            TypeError,
+            "model: expected BlockDrop, .*, got Linear",
+        ),
+        (None, {}, TypeError, "model: expected BlockDrop, ResNet or Cascade, got NoneType"),
         (CIFAR, {"dtype": torch.int8}, TypeError, "dtype: expected one of .*, got torch.int8"),
         (CIFAR, {"dtype": "float32"}, TypeError, "dtype: expected one of .*, got float32"),
         (CIFAR, {"strategy": "run"}, ValueError, "strategy: expected 'auto', .* got 'run'"),

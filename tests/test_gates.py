@@ -13,7 +13,7 @@ from torch import nn
 import blockdrop_fast as bdf
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
-from blockdrop_fast.measure.tolerance import make_replay_reference
+from blockdrop_fast.measure.tolerance import make_output_reference
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.networks.resnet import ResNetConfig
 from tests.random_networks import (
@@ -55,7 +55,7 @@ def check_logits(engine, logits, images, output):
             expected = model.policy.replay(model.backbone, images, output)
         torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-11)
     else:
-        reference = make_replay_reference(engine.model, images, output, engine.dtype)
+        reference = make_output_reference(engine.model, images, output, engine.dtype)
         reference.check(engine.strategy, logits)
 
 
@@ -210,7 +210,7 @@ def test_any_weights_of_any_decisions(strategy, kind, seed):
     engine = bdf.compile(backbone, strategy=strategy)
     model = bdf.BlockDrop(backbone, bdf.HaltingPolicy(CIFAR)).eval()
     output = bdf.WeightedOutput(None, decisions, weights)
-    reference = make_replay_reference(model, images, output, torch.float32)
+    reference = make_output_reference(model, images, output, torch.float32)
     reference.check(strategy, engine.run(images, decisions, weights))
 
 

@@ -10,8 +10,9 @@ from tests.snippets import ROOT, check_run, run_snippets
 def test_snippets():
     names = run_snippets("README.md")
     assert names["logits"].shape == (64, 10)
-    assert names["decisions"].shape == (64, 54)
-    assert len(names["runs"]) == 2
+    assert names["decisions"].shape == (64, 15)
+    assert names["networks"].shape == (64, 2)
+    assert len(names["runs"]) == 5
     for run in names["runs"]:
         check_run(*run)
 

@@ -22,6 +22,7 @@ from blockdrop_fast.data.image_sets import (
     Normalization,
 )
 from blockdrop_fast.engine import Engine, compile
+from blockdrop_fast.executors.cascade import CascadeEngine
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure.evaluation import evaluate, format_curve
 from blockdrop_fast.measure.static_line import (
@@ -30,8 +31,8 @@ from blockdrop_fast.measure.static_line import (
     default_images,
     line_file,
 )
-from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.checkpoints import load_any
+from blockdrop_fast.networks.resnet import ResNet
 
 Heuristic = Literal["first_k", "random_k", "distribute_k"]
 
@@ -54,8 +55,8 @@ def command(
     """Evaluate a checkpoint on the test split of a data set.
 
     Args:
-        checkpoint: BlockDrop model, evaluated at its policy's decisions, or a bare backbone,
-            which keeps all blocks.
+        checkpoint: BlockDrop model, evaluated at its policy's decisions, a bare backbone, which
+            keeps all blocks, or a cascade.
         data: data set folder; default: BLOCKDROP_DATA, else the embedded handwritten digits.
         strategy: how the engine executes.
         batch_size: images a batch.
@@ -96,7 +97,7 @@ def command(
     if heuristic is not None:
         decisions = f"{heuristic}, {keep} of {engine.config.num_blocks} blocks"
     else:
-        decisions = "policy" if isinstance(engine.model, BlockDrop) else "all blocks"
+        decisions = "all blocks" if isinstance(engine.model, ResNet) else "policy"
     if budget:
         decisions += f", budget {', '.join(f'{blocks:g}' for blocks in budget)}"
     about = {
@@ -119,7 +120,7 @@ def command(
 
 def static_accuracies(
     checkpoint: Path,
-    engine: Engine,
+    engine: Engine | CascadeEngine,
     dataset: Dataset,
     batches: Callable[[ImageSet | ImageFolder], Batches],
     only_kept: bool,
@@ -129,9 +130,15 @@ def static_accuracies(
     Args:
         batches: of a split.
         only_kept: None where they would have to be computed, in minutes.
+
+    Raises:
+        ValueError: of a cascade, unless ``only_kept``.
     """
-    if only_kept and not line_file(checkpoint).exists():
+    if isinstance(engine, CascadeEngine) and not only_kept:
+        raise ValueError("static_line: a cascade runs whole networks, which have no common blocks")
+    if isinstance(engine, CascadeEngine) or (only_kept and not line_file(checkpoint).exists()):
         return None
+    engine = compile(engine.backbone, dtype=engine.dtype)  # whatever decides
     some = dataset.train.subset(min(default_images(engine.config.num_blocks), len(dataset.train)))
     line = cached_static_line(checkpoint, engine, list(batches(some)), only_kept=only_kept)
     if line is None:
@@ -143,7 +150,7 @@ def static_accuracies(
 
 def prepare(
     checkpoint: Path, data: Path | None, strategy: str, limit: int | None, device: str
-) -> tuple[Engine, Dataset, Normalization]:
+) -> tuple[Engine | CascadeEngine, Dataset, Normalization]:
     """What commands need that run a checkpoint on a data set.
 
     Args:

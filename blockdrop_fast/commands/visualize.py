@@ -52,8 +52,8 @@ def command(
     split = dataset.test
     if not isinstance(engine.model, BlockDrop):
         raise ValueError(
-            f"checkpoint: {checkpoint} holds a bare backbone, which uses all blocks for all "
-            "images; expected a BlockDrop model"
+            f"checkpoint: {checkpoint} holds no policy that keeps blocks and drops others; "
+            "expected a BlockDrop model"
         )
     results = collect(engine, split, normalization, batch_size)
     figure = draw(results, split, engine.config.layers)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blockdrop_fast.engine import Engine
+from blockdrop_fast.executors.cascade import CascadeEngine
 from blockdrop_fast.measure.routing import (
     at_usage,
     concave_envelope,
@@ -19,6 +20,8 @@ from blockdrop_fast.measure.routing import (
     shuffled_decisions,
 )
 from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.cascade import Cascade
+from blockdrop_fast.networks.exits import Exits
 from blockdrop_fast.networks.flops import flops
 from blockdrop_fast.networks.resnet import ResNet
 
@@ -34,7 +37,8 @@ class Evaluation:
         images: number of images evaluated.
         accuracy: share of right predictions, 0…1.
         saving: mean of 1 - (block usage / K)^2 over all images, wrong predictions counting 0.
-        block_usage, block_usage_std: kept blocks an image, mean and standard deviation.
+        block_usage, block_usage_std: kept blocks an image, mean and standard deviation. Here and
+            below, those of a cascade are whole networks, each a segment.
         num_blocks: K.
         flops, flops_std: in the paper's convention, policy network included where one ran.
         unique_policies: number of different decisions met.
@@ -44,7 +48,8 @@ class Evaluation:
         effective_policies: exp(entropy) of the distribution of decisions.
         routing_images: images on which the next three were measured; 0: they were not.
         routing_gain: accuracy minus the mean accuracy with the same decisions shuffled among the
-            images; 0 where all have the same. None where it was not measured.
+            images, with their weights where there are some; 0 where all have the same. None where
+            it was not measured, and of cascades.
         routing_gain_std: standard deviation of the shuffles' accuracies.
         margin_correlation: Spearman's, of the kept blocks with how far the complete network's
             first logit is ahead of its second. None also where usage is constant.
@@ -134,7 +139,7 @@ def format_curve(evaluations: Sequence[Evaluation]) -> str:
 
 
 def evaluate(
-    engine: Engine,
+    engine: Engine | CascadeEngine,
     batches: Iterable[tuple[Tensor, Tensor]],
     decide: Callable[[Tensor], Tensor] | None = None,
     *,
@@ -146,10 +151,11 @@ def evaluate(
     """Evaluate an engine at its policy's decisions, or at given ones.
 
     Args:
-        engine: compiled from a BlockDrop model, or from a backbone (which keeps all blocks).
+        engine: compiled from a BlockDrop model, from a backbone (which keeps all blocks), or from a
+            cascade.
         batches: of (images (B, 3, H, W) normalised, labels (B,) int64).
         decide: images -> (B, K) decisions, in place of the policy network, whose FLOPs then do
-            not count.
+            not count. Not of exits and cascades, which are no blocks to keep or drop.
         budget: mean kept blocks, of a policy network that chooses from a menu; None: its own.
         shuffles: permutations of the decisions, for the routing gain; each costs what the
             evaluation costs. 0: the gain and the correlation are not measured.
@@ -159,9 +165,13 @@ def evaluate(
 
     Raises:
         ValueError: no images, labels outside of the network's classes, a budget that the policy
-            network cannot meet or beside ``decide``, ``shuffles`` below 0, or another number of
-            static accuracies.
+            network cannot meet or beside ``decide``, ``decide`` where blocks alone do not say what
+            is computed, ``shuffles`` below 0, or another number of static accuracies.
     """
+    cascade = isinstance(engine, CascadeEngine)
+    if decide is not None and (cascade or _has_exits(engine)):
+        what = "a cascade" if cascade else "a model with exits"
+        raise ValueError(f"decide: expected none, {what} says itself where an image leaves")
     if decide is not None and budget is not None:
         raise ValueError(f"budget: expected none where decisions are given, got {budget}")
     if shuffles < 0:
@@ -173,6 +183,7 @@ def evaluate(
         )
     all_correct, all_decisions, image_size = [], [], None
     varies = isinstance(engine.model, BlockDrop) or decide is not None
+    weights: Tensor | None = None
     drawn = _Drawn(routing_images if shuffles and varies else 0)
     for images, labels in batches:
         if labels.numel() and int(labels.max()) >= engine.config.num_classes:
@@ -182,12 +193,16 @@ def evaluate(
             )
         images = images.to(engine.device, engine.dtype)
         if decide is None:
-            logits, decisions = engine(images, budget)
+            output = engine(images, budget)
+            logits, decisions = output.logits, output.decisions
+            weights = getattr(output, "weights", None)
         else:
             decisions = decide(images)
             logits = engine.run(images, decisions)
         correct, decisions = logits.argmax(1).cpu() == labels.cpu(), decisions.bool().cpu()
-        drawn.add(images, labels.cpu(), decisions, correct)
+        drawn.add(
+            images, labels.cpu(), correct, decisions, *([] if weights is None else [weights.cpu()])
+        )
         all_correct.append(correct)
         all_decisions.append(decisions)
         image_size = images.shape[2:]
@@ -215,7 +230,7 @@ class _Drawn:
         self._most = most
         self._seen = 0
         self._generator = torch.Generator().manual_seed(0)
-        self.rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.rows: list[tuple[Tensor, ...]] = []
 
     def add(self, images: Tensor, *found: Tensor) -> None:
         if self._most is None and len(images):
@@ -238,22 +253,30 @@ def _with_routing(
     evaluation: Evaluation, engine: Engine, drawn: _Drawn, shuffles: int
 ) -> Evaluation:
     """The evaluation and, on the drawn images, the gain and the correlation with the margin."""
-    if evaluation.unique_policies == 1:
+    weighted = bool(drawn.rows) and len(drawn.rows[0]) > 4
+    if evaluation.unique_policies == 1 and not weighted:
         return replace(
             evaluation, routing_images=evaluation.images, routing_gain=0.0, routing_gain_std=0.0
         )
     if not drawn.rows:
         return evaluation
     images, *found = zip(*drawn.rows, strict=True)
-    labels, decisions, correct = map(torch.stack, found)
-    everything = torch.ones_like(decisions)[None]
-    sets = torch.cat([shuffled_decisions(decisions, shuffles), everything])
+    labels, correct, decisions, *weights = map(torch.stack, found)
+    # All of them by the same permutations.
+    shuffled = [shuffled_decisions(one, shuffles) for one in (decisions, *weights)]
     outcomes, margin = [], []
     for start in range(0, len(labels), ROUTING_BATCH):
         part = slice(start, start + ROUTING_BATCH)
         batch = torch.stack(images[part])
         batch = batch.contiguous(memory_format=torch.channels_last)
-        logits = engine.run_sets(batch, sets[:, part].to(engine.device)).float().cpu()
+        sets = [one[:, part].to(engine.device) for one in shuffled]
+        everything = torch.ones_like(sets[0][0])
+        if weights or _has_exits(engine):
+            logits = [engine.run(batch, *one) for one in zip(*sets, strict=True)]
+            logits = torch.stack([*logits, engine.run(batch, everything)])
+        else:
+            logits = engine.run_sets(batch, torch.cat([sets[0], everything[None]]))
+        logits = logits.float().cpu()
         outcomes.append(logits[:-1].argmax(-1) == labels[part])
         margin.append(margins(logits[-1]))
     gain, spread = routing_gain(correct, torch.cat(outcomes, 1))
@@ -266,8 +289,15 @@ def _with_routing(
     )
 
 
+def _has_exits(engine: Engine) -> bool:
+    return isinstance(engine.model, BlockDrop) and isinstance(engine.model.policy, Exits)
+
+
 def _summarise(
-    model: BlockDrop | ResNet, decisions: Tensor, correct: Tensor, image_size: tuple[int, int]
+    model: BlockDrop | ResNet | Cascade,
+    decisions: Tensor,
+    correct: Tensor,
+    image_size: tuple[int, int],
 ) -> Evaluation:
     """decisions (N, K) bool and correct (N,) bool of N images -> ``Evaluation``."""
     usage = decisions.sum(1).double()
@@ -277,8 +307,10 @@ def _summarise(
     mean_flops = float((policy_flops * counts).sum() / counts.sum())
     variance = float(((policy_flops - mean_flops) ** 2 * counts).sum() / counts.sum())
     keep_rates = decisions.double().mean(0)
-    backbone = model.backbone if isinstance(model, BlockDrop) else model
-    layers = backbone.config.layers
+    if isinstance(model, Cascade):
+        layers = (1,) * len(model.networks)
+    else:
+        layers = (model.backbone if isinstance(model, BlockDrop) else model).config.layers
     return Evaluation(
         images=len(decisions),
         accuracy=float(correct.double().mean()),

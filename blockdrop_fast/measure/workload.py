@@ -24,9 +24,11 @@ from blockdrop_fast.measure.tolerance import (
     make_reference,
 )
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
+from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.checkpoints import load
 from blockdrop_fast.networks.flops import DEFAULT_IMAGE_SIZE
 from blockdrop_fast.networks.folding import FoldedNetwork, fold_network
+from blockdrop_fast.networks.gated import GatedPolicy
 from blockdrop_fast.networks.policy import policy_resnet8, policy_resnet10
 from blockdrop_fast.networks.resnet import ResNet, resnet32, resnet101, resnet110
 
@@ -258,11 +260,17 @@ def load_workload(
         device, dtype: see ``make_workload``.
 
     Raises:
-        ValueError: a data set of fewer images.
+        ValueError: a data set of fewer images, or a model that decides on the way: contenders take
+            decisions that are made before.
         CheckpointError, OSError: see ``load`` (a bare backbone, for one) and
             ``data.load_dataset``.
     """
     model = load(checkpoint).eval().requires_grad_(False).to(device)
+    if isinstance(model, Cascade) or isinstance(model.policy, GatedPolicy):
+        raise ValueError(
+            f"{checkpoint}: expected a policy that decides before the backbone runs, this model "
+            "decides on the way"
+        )
     normalization = model.backbone.normalization or NO_NORMALIZATION
     test = load_dataset(data_folder).test
     if len(test) < images:

@@ -12,7 +12,7 @@ from blockdrop_fast.commands import benchmark, cli
 from blockdrop_fast.commands.benchmark import plan_runs
 from blockdrop_fast.executors import crossover, measured
 from blockdrop_fast.measure.contenders import contender_names
-from tests.random_networks import make_model
+from tests.random_networks import make_gated_model, make_model
 
 
 @pytest.fixture
@@ -53,10 +53,13 @@ def test_command_on_a_checkpoint(model, tmp_path, capsys):
     assert written["machine"]["torch"] == torch.__version__
 
 
-def test_command_refuses_a_bare_backbone(model, tmp_path):
+def test_command_refuses_other_models(model, tmp_path):
     path = tmp_path / "backbone.safetensors"
     bdf.save(model.backbone, path)
     with pytest.raises(ValueError, match="holds no policy network"):
+        benchmark.command(str(path), batch=(1,))
+    bdf.save(make_gated_model("exits")[0], path)
+    with pytest.raises(ValueError, match="this model decides on the way"):
         benchmark.command(str(path), batch=(1,))
     with pytest.raises(ValueError, match="batch: expected positive"):
         benchmark.command("resnet32", batch=(0,))

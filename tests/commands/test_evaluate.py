@@ -12,7 +12,13 @@ from blockdrop_fast.data.batches import batches_of, load_digits
 from blockdrop_fast.data.image_sets import Normalization
 from blockdrop_fast.networks.checkpoints import load_any
 from tests.networks.state_dicts import authors_keys, authors_policy_keys
-from tests.random_networks import keep_half, make_look_model, make_menu_policy
+from tests.random_networks import (
+    GATED,
+    keep_half,
+    make_gated_model,
+    make_look_model,
+    make_menu_policy,
+)
 
 NORMALIZATION = Normalization(mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
 
@@ -125,6 +131,26 @@ def test_policy_that_looks(tmp_path):
         assert result["accuracy"] == pytest.approx(
             float((logits.argmax(1) == labels).double().mean()), abs=1.5 / len(labels)
         )
+
+
+@pytest.mark.parametrize("kind", [*GATED, "cascade"])
+def test_decides_on_the_way(kind, tmp_path, capsys):
+    if kind == "cascade":
+        model = bdf.Cascade([bdf.resnet_cifar(8), bdf.resnet_cifar(14)]).eval()
+        model.set_thresholds([0.2])
+    else:
+        model, _ = make_gated_model(kind)
+    bdf.save(model, tmp_path / "model.safetensors")
+    options = ("--limit", 40, "--shuffles", 1, "--json", tmp_path / "result.json")
+    assert evaluate(tmp_path / "model.safetensors", *options) == 0
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["routing_gain"] is None) == (kind == "cascade")
+    assert found["flops"] > 0
+    for option in ("--static-line", "--heuristic=first_k"):
+        more = ("--keep", 2) if "heuristic" in option else ()
+        refused = (kind == "cascade") or (kind == "exits" and bool(more))
+        assert evaluate(tmp_path / "model.safetensors", *options, option, *more) == refused
+    assert not refused or "decide: expected none" in capsys.readouterr().err
 
 
 @pytest.mark.slow

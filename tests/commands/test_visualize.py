@@ -14,7 +14,7 @@ from blockdrop_fast.commands.outcomes import Results, choose_examples
 from blockdrop_fast.commands.visualize import draw
 from blockdrop_fast.data.batches import batches_of, load_digits
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
-from tests.random_networks import make_look_model
+from tests.random_networks import make_gated_model, make_look_model
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +65,9 @@ def test_writes_a_picture(checkpoint, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_policy_that_looks(tmp_path, capsys):
-    bdf.save(make_look_model()[0], tmp_path / "model.safetensors")
+@pytest.mark.parametrize("make", [make_look_model, lambda: make_gated_model("exits")])
+def test_policies_in_the_backbone(make, tmp_path, capsys):
+    bdf.save(make()[0], tmp_path / "model.safetensors")
     out = tmp_path / "figure.png"
     assert visualize(tmp_path / "model.safetensors", "--out", out, "--limit", 60) == 0
     assert "of 5 blocks" in capsys.readouterr().out
@@ -185,7 +186,7 @@ def test_refuses_backbones_and_other_classes(checkpoint, tmp_path, capsys):
     path, out = tmp_path / "model.safetensors", tmp_path / "figure.png"
     bdf.save(bdf.resnet_cifar(8), path)
     assert visualize(path, "--out", out) == 1
-    assert "holds a bare backbone" in capsys.readouterr().err
+    assert "holds no policy that keeps blocks" in capsys.readouterr().err
     bdf.save(bdf.BlockDrop(bdf.resnet_cifar(8, 7), bdf.policy_resnet8(3)), path)
     assert visualize(path, "--out", out) == 1
     assert "digits has 10 classes, but the network of" in capsys.readouterr().err
