@@ -10,8 +10,8 @@
 // rows. For each of the nine taps it multiplies 16x16 weights by 16 input channels of 8 pixels.
 //
 // Weights come in slices, the part of a convolution for 16 input channels: the bias, then for
-// every 16 output channels and tap the matrix fragment of each lane. Slices pass through a ring
-// of two buffers; while one is used, the next one that this image needs is on its way.
+// every 16 output channels and tap the matrix fragment of each lane. While some are used, the next
+// ones that this image needs are on their way.
 
 #pragma once
 
@@ -30,7 +30,6 @@ constexpr int kThreads = kWarps * kLanes;
 constexpr int kChunk = 8;  // channels in 16 bytes, what ldmatrix reads of a pixel
 constexpr uint32_t kChunkBytes = 16;
 constexpr int kPixelsPerTile = 8;
-constexpr int kRingBuffers = 2;
 
 // ------------------------------------------------------------------ shared memory
 
@@ -58,34 +57,30 @@ struct Layout {
   }
 };
 
+constexpr uint32_t kTurn = 0;   // an int: which path is on
+constexpr uint32_t kKeep = 16;  // a bit for each block of the network that runs
 // Two activations, x and what is hidden inside a residual block, and the ring. Each segment has
 // its own arrangement of the same memory; x is at its start in all of them, so that a
 // shape-changing shortcut works in place.
-constexpr uint32_t kX = 0;
-constexpr uint32_t kWorkBytes = 2 * Layout<16>::kBytes + kRingBuffers * Layout<16>::kSliceBytes;
+constexpr uint32_t kX = kKeep + kMostBlocks / 8;
 template <int kChannels>
-constexpr uint32_t kHidden = Layout<(kChannels > kTile ? kChannels / 2 : kTile)>::kBytes;
+constexpr uint32_t kHidden = kX + Layout<(kChannels > kTile ? kChannels / 2 : kTile)>::kBytes;
 template <int kChannels>
-constexpr uint32_t kRing = kWorkBytes - kRingBuffers * Layout<kChannels>::kSliceBytes;
-static_assert(kHidden<16> + Layout<16>::kBytes <= kRing<16>);
-static_assert(kHidden<32> + Layout<32>::kBytes <= kRing<32>);
-static_assert(kHidden<64> + Layout<64>::kBytes <= kRing<64>);
-static_assert(kHidden<16> % 16 == 0 && kHidden<32> % 16 == 0 && kHidden<64> % 16 == 0);
-static_assert(kRing<16> % 16 == 0 && kRing<32> % 16 == 0 && kRing<64> % 16 == 0);
+constexpr uint32_t kRing = kHidden<kChannels> + Layout<kChannels>::kBytes;
+static_assert(kX % 16 == 0 && kHidden<16> % 16 == 0 && kHidden<32> % 16 == 0);
+static_assert(kHidden<64> % 16 == 0 && kRing<16> % 16 == 0 && kRing<32> % 16 == 0);
+static_assert(kRing<64> % 16 == 0);
 // The classifier's means use what is hidden in segment 3.
 constexpr uint32_t kSums = kHidden<64>;
-constexpr uint32_t kTurn = kWorkBytes;      // an int: which path is on
-constexpr uint32_t kKeep = kWorkBytes + 4;  // a bit for each block of the network that runs
 
-// What the bits of either network take, in bytes.
-inline uint32_t keep_bytes(const Paths& paths) {
-  const auto words = [](const Network& network) {
-    return (num_blocks_of(network) + kLanes - 1) / kLanes;
-  };
-  const int backbone = words(paths.backbone), policy = words(paths.policy);
-  return 4 * (backbone > policy ? backbone : policy);
+// All of it, with that many slices in the ring.
+constexpr uint32_t shared_bytes(int ring) {
+  const uint32_t first = kRing<16> + ring * Layout<16>::kSliceBytes;
+  const uint32_t second = kRing<32> + ring * Layout<32>::kSliceBytes;
+  const uint32_t third = kRing<64> + ring * Layout<64>::kSliceBytes;
+  const uint32_t most = first > second ? first : second;
+  return most > third ? most : third;
 }
-inline uint32_t shared_bytes(const Paths& paths) { return kKeep + keep_bytes(paths); }
 
 // ------------------------------------------------------------------ decisions
 
@@ -128,55 +123,67 @@ BLOCKDROP_DEVICE void copy_bytes(uint32_t target, const unsigned char* source) {
   }
 }
 
-// The slices that one image needs in one segment, in order.
+// The slices that one image needs in one segment, in order. They pass through a ring of two, or
+// four where two thread blocks with so much memory fit a multiprocessor. Half of it is used while
+// the other half is on its way; then all threads meet.
 template <int kChannels>
 class WeightStream {
  public:
-  // Starts to copy the first slice; the ring must be free. `weights` is the segment's first slice,
+  // Starts to copy the first slices; the ring must be free. `weights` is the segment's first slice,
   // its blocks are [first_block, end_block) of the network.
-  BLOCKDROP_DEVICE WeightStream(const unsigned char* weights, int first_block, int end_block)
+  BLOCKDROP_DEVICE WeightStream(const unsigned char* weights, int first_block, int end_block,
+                                int ring)
       : weights_(weights),
         first_block_(first_block),
         end_block_(end_block),
+        ring_(ring),
         block_(first_block - 1),
         next_(0),
         stop_(slices_before(kChannels, 0)),
-        buffer_(0) {
-    start_copy();
+        used_(0),
+        started_(0) {
+    fill(ring_ / 2);
   }
 
-  // Waits for the next slice and returns where it is; starts to copy the one after it. A barrier:
-  // what any thread has written to shared memory before, all see after.
-  BLOCKDROP_DEVICE uint32_t advance() {
-    wait_for_copies();
-    sync_threads();
-    const uint32_t slice = kRing<kChannels> + buffer_;
-    buffer_ ^= kSliceBytes;
-    start_copy();
-    return slice;
+  // Returns where the next slice is, a convolution's `slice_index`-th. If it is the first one in
+  // its half of the ring, waits for that half, and starts to copy over what was used before. Then
+  // it is a barrier: what any thread has written to shared memory before, all see after.
+  BLOCKDROP_DEVICE uint32_t advance(int slice_index) {
+    if (slice_index % 2 == 0 || ring_ == 2) {
+      wait_for_copies();
+      sync_threads();
+      fill(ring_);
+    }
+    return place(used_++);
   }
 
  private:
   static constexpr uint32_t kSliceBytes = Layout<kChannels>::kSliceBytes;
 
-  BLOCKDROP_DEVICE void start_copy() {
-    if (next_ == stop_) {
-      const int block = next_kept(kKeep, block_ + 1, end_block_);
-      if (block == end_block_) return;
-      block_ = block;
-      next_ = slices_before(kChannels, block - first_block_);
-      stop_ = slices_before(kChannels, block - first_block_ + 1);
+  BLOCKDROP_DEVICE uint32_t place(int slice) const {
+    return kRing<kChannels> + (slice & (ring_ - 1)) * kSliceBytes;
+  }
+
+  // Starts to copy until so many slices are there or on their way, or there are no more.
+  BLOCKDROP_DEVICE void fill(int most) {
+#pragma unroll 1
+    for (; started_ - used_ < most; ++started_, ++next_) {
+      if (next_ == stop_) {
+        const int block = next_kept(kKeep, block_ + 1, end_block_);
+        if (block == end_block_) return;
+        block_ = block;
+        next_ = slices_before(kChannels, block - first_block_);
+        stop_ = slices_before(kChannels, block - first_block_ + 1);
+      }
+      copy_bytes<kSliceBytes>(place(started_), weights_ + static_cast<size_t>(next_) * kSliceBytes);
     }
-    const unsigned char* source = weights_ + static_cast<size_t>(next_) * kSliceBytes;
-    copy_bytes<kSliceBytes>(kRing<kChannels> + buffer_, source);
-    ++next_;
   }
 
   const unsigned char* weights_;
-  int first_block_, end_block_;
-  int block_;        // whose slices are being copied
-  int next_, stop_;  // the slice to copy next, the end of the block's slices
-  uint32_t buffer_;  // byte offset in the ring: copied into last, used next
+  int first_block_, end_block_, ring_;
+  int block_;           // whose slices are being copied
+  int next_, stop_;     // the slice to copy next, the end of the block's slices
+  int used_, started_;  // slices handed out, and those whose copies have been started
 };
 
 // ------------------------------------------------------------------ convolution
@@ -318,7 +325,7 @@ BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, WeightStream<kOu
   using Part = WarpPart<kOut>;
   constexpr int kSlices = Layout<kIn>::kChannelTiles;
   static_assert(Part::kPasses == 1 || kSlices == 1);
-  uint32_t slice = weights.advance();
+  uint32_t slice = weights.advance(0);
 #pragma unroll 1
   for (int pass = 0; pass < Part::kPasses; ++pass) {
     const Part part;
@@ -331,7 +338,7 @@ BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, WeightStream<kOu
     begin_sums(sums, slice + part.channel_tile * kPartBytes);
 #pragma unroll 1
     for (int slice_index = 0; slice_index < kSlices; ++slice_index) {
-      if (slice_index > 0) slice = weights.advance();
+      if (slice_index > 0) slice = weights.advance(slice_index);
       multiply_slice<Format, kIn, kOut>(sums, input, slice_index, part.row, tile, tap);
     }
     add_columns(sums);
@@ -456,16 +463,14 @@ BLOCKDROP_DEVICE void pool(uint32_t sums) {
   }
 }
 
-// The logit of a label from the means at `sums`, in float32. kTogether weights are waited for at
-// a time.
-template <int kTogether>
+// The logit of a label from the means at `sums`, in float32.
 BLOCKDROP_DEVICE float classify(const Network& network, uint32_t sums, int label) {
   float logit = load_global(network.classifier + label);
-  const float* column = network.classifier + network.num_classes + label;  // [64, classes]
-#pragma unroll(kTogether)
+  const float* weight = network.classifier + label;  // [64, classes], behind the bias
+#pragma unroll                                       // all weights are waited for at once
   for (int i = 0; i < kFeatures; ++i) {
-    logit += load_global(column + static_cast<int64_t>(i) * network.num_classes) *
-             load_shared<float>(sums + i * 4);
+    weight += network.num_classes;
+    logit += load_global(weight) * load_shared<float>(sums + i * 4);
   }
   return logit;
 }
@@ -485,10 +490,10 @@ BLOCKDROP_DEVICE void run_blocks(WeightStream<kChannels>& weights, int block, in
 // Segment 2 or 3; x becomes half as large and twice as deep.
 template <typename Format, int kChannels>
 BLOCKDROP_DEVICE void run_segment(const unsigned char* slices, int first_block, int end_block,
-                                  bool subsample) {
+                                  bool subsample, int ring) {
   constexpr int kIn = kChannels / 2;
   sync_threads();  // the previous segment is done with its memory
-  WeightStream<kChannels> weights(slices, first_block, end_block);
+  WeightStream<kChannels> weights(slices, first_block, end_block, ring);
   const bool keep = next_kept(kKeep, first_block, end_block) == first_block;
   clear_border<kChannels>(kHidden<kChannels>);
   if (keep) convolve<Format, kIn, kChannels, false>(kX, kHidden<kChannels>, weights);
@@ -499,10 +504,10 @@ BLOCKDROP_DEVICE void run_segment(const unsigned char* slices, int first_block, 
 
 // Image to pooled features; the bits from kKeep on say which blocks run.
 template <typename Format>
-BLOCKDROP_DEVICE void run_network(const Network& network, const uint16_t* image) {
+BLOCKDROP_DEVICE void run_network(const Network& network, const uint16_t* image, int ring) {
   const int second = network.layers[0];
   {
-    WeightStream<16> weights(network.segments[0], 0, second);
+    WeightStream<16> weights(network.segments[0], 0, second, ring);
     clear_border<16>(kX);
     clear_border<16>(kHidden<16>);
     load_image<kImageSize>(image, kHidden<16>, 0);
@@ -510,15 +515,15 @@ BLOCKDROP_DEVICE void run_network(const Network& network, const uint16_t* image)
     run_blocks<Format>(weights, 0, second);
   }
   const int third = second + network.layers[1];
-  run_segment<Format, 32>(network.segments[1], second, third, network.subsample);
-  run_segment<Format, 64>(network.segments[2], third, third + network.layers[2], network.subsample);
+  run_segment<Format, 32>(network.segments[1], second, third, network.subsample, ring);
+  run_segment<Format, 64>(network.segments[2], third, third + network.layers[2], network.subsample,
+                          ring);
 }
 
 // Takes paths until there are none left. What is not needed for a convolution is read again where
 // it is, from shared memory and the kernel's arguments: registers are what limits the kernel.
 template <typename Format>
 BLOCKDROP_DEVICE void walk(const Paths& paths) {
-  constexpr int kTogether = 16;
   if (thread_index() == 0) store_shared<int>(kTurn, block_index());
   sync_threads();
   const auto path = [&]() -> int64_t {
@@ -537,7 +542,8 @@ BLOCKDROP_DEVICE void walk(const Paths& paths) {
 #pragma unroll 1
     for (int step = paths.given ? 1 : 0; step < 2; ++step) {
       const Network& network = step == 0 ? paths.policy : paths.backbone;
-      run_network<Format>(network, paths.images + path() % paths.num_images * kImageValues);
+      run_network<Format>(network, paths.images + path() % paths.num_images * kImageValues,
+                          paths.ring);
       sync_threads();
       pool<Format>(kSums);
       sync_threads();
@@ -545,14 +551,14 @@ BLOCKDROP_DEVICE void walk(const Paths& paths) {
         float* logits = paths.policy_logits + path() * paths.num_blocks;
         bool* decisions = paths.decisions + path() * paths.num_blocks;
         set_kept(kKeep, paths.num_blocks, [&](int block) {
-          const float logit = classify<kTogether>(network, kSums, block);
+          const float logit = classify(network, kSums, block);
           logits[block] = logit;
           return decisions[block] = logit >= 0;
         });
       } else {
         float* logits = paths.logits + path() * network.num_classes;
         for (int label = thread_index(); label < network.num_classes; label += kThreads) {
-          logits[label] = classify<kTogether>(network, kSums, label);
+          logits[label] = classify(network, kSums, label);
         }
       }
       sync_threads();

@@ -14,6 +14,7 @@ constexpr int64_t kImageValues = kImageChannels * kImageSize * kImageSize;
 constexpr int kFeatures = 64;  // channels of the last segment
 constexpr int kTile = 16;      // channels of a matrix product, in and out
 constexpr int kTaps = 9;
+constexpr int kMostBlocks = 8192;  // of a network; a thread block keeps a bit for each
 
 // A slice: 16 input channels' weights for all output channels. It has a part for every 16 of these:
 // their bias, then the taps.
@@ -74,6 +75,7 @@ struct Paths {
   int* queue;              // zero, if there are more paths than thread blocks
   int64_t num_images, num_paths;
   int num_blocks;
+  int ring;  // slices of weights in shared memory, 2 or 4
   Network backbone, policy;
   float* logits;         // [num_paths, num_classes]
   bool* decisions;       // [num_paths, num_blocks] what the policy decided; null if given

@@ -53,10 +53,8 @@ constexpr uint32_t kBufferBytes = 4 * kPartBytes;  // what a block needs for one
 
 constexpr uint32_t kHiddenAt = kX + Layout<16>::kBytes;
 constexpr uint32_t kRingAt = kHiddenAt + Layout<16>::kBytes;
-constexpr uint32_t kKeepAt = kRingAt + kBuffers * kBufferBytes;
+constexpr uint32_t kSharedBytes = kRingAt + kBuffers * kBufferBytes;
 static_assert(kRingAt % 16 == 0 && kPartBytes % 16 == 0);
-
-inline uint32_t shared_bytes(const Paths& paths) { return kKeepAt + keep_bytes(paths); }
 
 // ------------------------------------------------------------------ weights
 
@@ -111,7 +109,7 @@ class ClusterWeights {
         source += divided ? tiles * kPartBytes : kPartBytes;
         target += kPartBytes;
       }
-      if (second_) block_ = next_kept(kKeepAt, block_ + 1, end);
+      if (second_) block_ = next_kept(kKeep, block_ + 1, end);
       second_ = !second_;
       fill_ = after(fill_);
     }
@@ -147,6 +145,7 @@ BLOCKDROP_DEVICE void store_sums(const float (&sums)[kRows][4], uint32_t output,
   const int first = (top < 0 ? 0 : top / S::kBandRows) * S::kBandBlocks;
   const int last = (bottom >= Out::kSize ? S::kBands - 1 : bottom / S::kBandRows) * S::kBandBlocks +
                    S::kBandBlocks - 1;
+#pragma unroll 1
   for (int rank = first + lane / 16 % (2 / kRows); rank <= last; rank += 2 / kRows) {
     if (rank != cluster_rank()) store_cluster(rank, address, chunk);
   }
@@ -199,7 +198,7 @@ template <typename Format, int kChannels, typename Reach>
 BLOCKDROP_DEVICE int run_blocks(ClusterWeights& weights, int block, int end_block, int end,
                                 Reach reach_of) {
   while (block < end_block) {
-    const int next = next_kept(kKeepAt, block + 1, end);
+    const int next = next_kept(kKeep, block + 1, end);
     convolve<Format, kChannels, kChannels, false>(kX, kHiddenAt, weights, 1);
     cluster_arrive();
     convolve<Format, kChannels, kChannels, true>(kHiddenAt, kX, weights, reach_of(next));
@@ -224,14 +223,14 @@ BLOCKDROP_DEVICE int run_segment(ClusterWeights& weights, int block, int first_b
   shortcut<Format, kIn>(kX, subsample);
   cluster_arrive();
   if (keep) {
-    block = next_kept(kKeepAt, block + 1, end);
+    block = next_kept(kKeep, block + 1, end);
     convolve<Format, kChannels, kChannels, true>(kHiddenAt, kX, weights, reach_of(block));
     cluster_arrive();
   }
   return run_blocks<Format, kChannels>(weights, block, end_block, end, reach_of);
 }
 
-// Image to the last activation, which every block then has; the bits from kKeepAt on say which
+// Image to the last activation, which every block then has; the bits from kKeep on say which
 // blocks run.
 //
 // How far from a row its value is needed: a convolution needs neighbours; behind a shape-changing
@@ -252,7 +251,7 @@ BLOCKDROP_DEVICE void run_network(const Network& network, const uint16_t* image)
   }
   cluster_arrive();
   const auto reach = [&](int next) { return next <= second ? 1 : next < third ? 2 : kAll; };
-  int block = next_kept(kKeepAt, 0, end);
+  int block = next_kept(kKeep, 0, end);
   convolve<Format, 16, 16, false>(kHiddenAt, kX, weights, reach(block));
   cluster_arrive();
   block = run_blocks<Format, 16>(weights, block, second, end, reach);
@@ -266,14 +265,13 @@ BLOCKDROP_DEVICE void run_network(const Network& network, const uint16_t* image)
 // A cluster takes the path of its number.
 template <typename Format>
 BLOCKDROP_DEVICE void walk(const Paths& paths) {
-  constexpr int kTogether = kFeatures;
   const int turn = block_index() / kBlocks;
   const int64_t path = paths.order ? paths.order[turn] : turn;
   if (paths.given) {
     const bool* decisions = paths.given + path * paths.num_blocks;
-    set_kept(kKeepAt, paths.num_blocks, [&](int block) { return decisions[block]; });
+    set_kept(kKeep, paths.num_blocks, [&](int block) { return decisions[block]; });
   } else {
-    set_kept(kKeepAt, num_blocks_of(paths.policy), [](int) { return true; });
+    set_kept(kKeep, num_blocks_of(paths.policy), [](int) { return true; });
   }
   sync_threads();
   // Policy network, then backbone; one copy of the code.
@@ -287,8 +285,8 @@ BLOCKDROP_DEVICE void walk(const Paths& paths) {
       // Every block computes the decisions, one writes them down.
       float* logits = paths.policy_logits + path * paths.num_blocks;
       bool* decisions = paths.decisions + path * paths.num_blocks;
-      set_kept(kKeepAt, paths.num_blocks, [&](int block) {
-        const float logit = classify<kTogether>(network, kHiddenAt, block);
+      set_kept(kKeep, paths.num_blocks, [&](int block) {
+        const float logit = classify(network, kHiddenAt, block);
         if (cluster_rank() == 0) {
           logits[block] = logit;
           decisions[block] = logit >= 0;
@@ -300,7 +298,7 @@ BLOCKDROP_DEVICE void walk(const Paths& paths) {
       float* logits = paths.logits + path * network.num_classes;
       for (int label = cluster_rank() * kThreads + thread_index(); label < network.num_classes;
            label += kBlocks * kThreads) {
-        logits[label] = classify<kTogether>(network, kHiddenAt, label);
+        logits[label] = classify(network, kHiddenAt, label);
       }
     }
   }

@@ -12,7 +12,7 @@
 #include <map>
 #include <mutex>
 #include <string>
-#include <tuple>
+#include <utility>
 
 #include "cuda/walk_half.cuh"
 #include "cuda/walk_half.h"
@@ -21,20 +21,22 @@
 namespace blockdrop::walk_half {
 namespace {
 
-// Shared memory, bytes: two activations of segment 1, 2 * (34 * 33 + 1) * 16 * 2 = 71,872, and a
-// ring of two slices, 2 * (16 * 4 + 9 * 512) = 9,344, are 81,216; the segments that follow need
-// less. With 4 for the path and a bit a block (ResNet-110: 8) it is 81,228, and 1,024 are the
-// system's. Two thread blocks take 164,504 of the 167,936 that an sm_80 multiprocessor has (sm_90:
-// 233,472). sm_86 and sm_89 have room for one (99 KB).
+// Shared memory, bytes: 1,040 say which path is on and what it keeps. Segment 1 has two
+// activations, 2 * (34 * 33 + 1) * 16 * 2 = 71,872, segment 3 19,648 + 11,648; a slice of weights
+// takes 16 * 4 + 9 * 512 = 4,672 in segment 1, 18,688 in segment 3. With a ring of two, segment 1
+// needs most: 82,256; with 1,024 of the system, twice that is 166,560 of the 167,936 that an sm_80
+// multiprocessor has. With a ring of four it is segment 3: 107,088, twice 216,224 of 233,472 on
+// sm_90. sm_86 and sm_89 have room for one thread block (99 KB).
 //
 // Registers: two blocks of 256 threads leave 128 of 65,536 to each. A convolution holds 32 sums (in
-// segment 3 48), 12 registers of weights, 4 of input (12), and addresses; nvcc 13.0 takes 114.
+// segment 3 48), 12 registers of weights, 4 of input (12), and addresses.
 //
-// Instructions: 5,416 of 16 bytes; the instruction cache has about 128 KB.
+// Instructions are of 16 bytes; the instruction cache has about 128 KB. NOTES.md has what nvcc
+// takes.
 //
 // tests/ops/test_cuda_build.py holds the kernels to these lines:
 // limits: walk_kernel 128 registers, 0 bytes spilled, 0 bytes static shared memory
-// limits: walk_kernel 6000 instructions
+// limits: walk_kernel 6500 instructions
 // limits: cluster_kernel 255 registers, 0 bytes spilled, 0 bytes static shared memory
 // limits: cluster_kernel 6000 instructions
 constexpr int kBlocksPerMultiprocessor = 2;
@@ -47,11 +49,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // For few images: eight thread blocks, each alone on its multiprocessor, carry one.
 //
-// Shared memory, bytes: two activations, 71,872; a ring of weights for three convolutions, 16
-// output channels of four slices or as much of fewer, 3 * 4 * (64 + 9 * 512) = 56,064; 127,936 in
-// all, with decisions 127,944. Only sm_90 has clusters, and 232,448 for a thread block.
+// Shared memory, bytes: 1,040; two activations, 71,872; a ring of weights for three convolutions,
+// 16 output channels of four slices or as much of fewer, 3 * 4 * 4,672 = 56,064; 128,976 in all.
+// Only sm_90 has clusters, and 232,448 for a thread block.
 //
-// Registers: could be 255, and nvcc 13.0 takes 232, as all weights of a convolution that are not in
+// Registers: could be 255, and nearly are, as all weights of a convolution that are not in
 // registers when it begins (two slices, 72) are fetched ahead.
 template <typename Format>
 __global__ void BLOCKDROP_CLUSTER(cluster::kBlocks) __launch_bounds__(kThreads, 1)
@@ -63,6 +65,7 @@ __global__ void BLOCKDROP_CLUSTER(cluster::kBlocks) __launch_bounds__(kThreads, 
 struct Capacity {
   void (*walk)(Paths);
   void (*clusters)(Paths);
+  int ring;  // slices of weights that a thread block has room for
   int64_t num_blocks, num_clusters;
 };
 
@@ -76,13 +79,18 @@ bool clusters_wanted() {
 }
 
 template <typename Format>
-Capacity ask_capacity(const Paths& paths, int device) {
-  Capacity capacity{&walk_kernel<Format>, &cluster_kernel<Format>, 0, 0};
-  int multiprocessors = 0, most_bytes = 0, resident = 0, clusters = 0;
+Capacity ask_capacity(int device) {
+  Capacity capacity{&walk_kernel<Format>, &cluster_kernel<Format>, 2, 0, 0};
+  int multiprocessors = 0, all_bytes = 0, most_bytes = 0, resident = 0, clusters = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   C10_CUDA_CHECK(
       cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  // The limit is the process's, not a launch's: with what one network needs, another one's fails.
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&all_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  constexpr int kSystemBytes = 1024;
+  if (all_bytes >= kBlocksPerMultiprocessor * (static_cast<int>(shared_bytes(4)) + kSystemBytes)) {
+    capacity.ring = 4;
+  }
   for (const auto kernel : {capacity.walk, capacity.clusters}) {
     C10_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
@@ -90,8 +98,8 @@ Capacity ask_capacity(const Paths& paths, int device) {
                                         cudaSharedmemCarveoutMaxShared));
   }
   C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, capacity.walk, kThreads,
-                                                               shared_bytes(paths)));
-  TORCH_CHECK(resident > 0, "walk_half: a thread block needs ", shared_bytes(paths),
+                                                               shared_bytes(capacity.ring)));
+  TORCH_CHECK(resident > 0, "walk_half: a thread block needs ", shared_bytes(capacity.ring),
               " bytes of shared memory, more than this GPU has");
   capacity.num_blocks = static_cast<int64_t>(resident) * multiprocessors;
 
@@ -102,7 +110,7 @@ Capacity ask_capacity(const Paths& paths, int device) {
     cudaLaunchConfig_t launch{};
     launch.gridDim = dim3(cluster::kBlocks);
     launch.blockDim = dim3(kThreads);
-    launch.dynamicSmemBytes = cluster::shared_bytes(paths);
+    launch.dynamicSmemBytes = cluster::kSharedBytes;
     // An error says that there are none: not all GPUs after sm_90 have as much shared memory.
     C10_CUDA_IGNORE_ERROR(cudaOccupancyMaxActiveClusters(&clusters, capacity.clusters, &launch));
     capacity.num_clusters = clusters;
@@ -110,16 +118,15 @@ Capacity ask_capacity(const Paths& paths, int device) {
   return capacity;
 }
 
-// Asks the runtime once for each device, format and size of shared memory: it takes as long as a
-// small batch.
-Capacity capacity_of(const Paths& paths, bool bfloat16, int device) {
+// Asks the runtime once for each device and format: it takes as long as a small batch.
+Capacity capacity_of(bool bfloat16, int device) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, bool, uint32_t>, Capacity> known;
+  static std::map<std::pair<int, bool>, Capacity> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const std::tuple key(device, bfloat16, keep_bytes(paths));
+  const std::pair key(device, bfloat16);
   if (const auto found = known.find(key); found != known.end()) return found->second;
   const auto ask = bfloat16 ? &ask_capacity<Bfloat16> : &ask_capacity<Float16>;
-  return known.emplace(key, ask(paths, device)).first->second;
+  return known.emplace(key, ask(device)).first->second;
 }
 
 }  // namespace
@@ -128,10 +135,11 @@ Capacity capacity_of(const Paths& paths, bool bfloat16, int device) {
 // takes paths until there are none left.
 void launch_walk(Paths paths, bool bfloat16) {
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
-  const Capacity capacity = capacity_of(paths, bfloat16, stream.device_index());
+  const Capacity capacity = capacity_of(bfloat16, stream.device_index());
   const bool clusters = paths.num_paths <= capacity.num_clusters;
   const auto kernel = clusters ? capacity.clusters : capacity.walk;
-  const uint32_t bytes = clusters ? cluster::shared_bytes(paths) : shared_bytes(paths);
+  paths.ring = capacity.ring;
+  const uint32_t bytes = clusters ? cluster::kSharedBytes : shared_bytes(paths.ring);
   const int64_t blocks = clusters ? paths.num_paths * cluster::kBlocks
                                   : std::min(paths.num_paths, capacity.num_blocks);
   at::Tensor queue;

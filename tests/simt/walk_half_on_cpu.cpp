@@ -37,6 +37,7 @@ void run_walk(const Call* call, int thread_blocks, int bfloat16) {
   paths.queue = &queue;
   paths.num_images = call->num_images;
   paths.num_paths = call->num_paths;
+  paths.ring = simt::kHasStmatrix ? 4 : 2;  // as on sm_90 or sm_80
   paths.num_blocks = static_cast<int>(call->num_blocks);
   for (int i = 0; i < 2; ++i) {
     Network& network = i == 0 ? paths.backbone : paths.policy;
@@ -50,10 +51,11 @@ void run_walk(const Call* call, int thread_blocks, int bfloat16) {
     const auto kernel = bfloat16 ? cluster::walk<simt::Bfloat16> : cluster::walk<simt::Float16>;
     const int blocks = static_cast<int>(call->num_paths) * cluster::kBlocks;
     simt::machine::launch(
-        blocks, kThreads, cluster::shared_bytes(paths), [&] { kernel(paths); }, cluster::kBlocks);
+        blocks, kThreads, cluster::kSharedBytes, [&] { kernel(paths); }, cluster::kBlocks);
   } else {
     const auto kernel = bfloat16 ? walk<simt::Bfloat16> : walk<simt::Float16>;
-    simt::machine::launch(thread_blocks, kThreads, shared_bytes(paths), [&] { kernel(paths); });
+    simt::machine::launch(thread_blocks, kThreads, shared_bytes(paths.ring),
+                          [&] { kernel(paths); });
   }
 }
 
