@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,11 @@ CUSTOM = {
     "one segment": ResNetConfig("basic", (3,), (8,), "cifar", "subsample", 2),
     "no new channels": ResNetConfig("basic", (1, 2), (8, 8), "cifar", "average_pool", 4),
     "no new channels, subsampled": ResNetConfig("basic", (1, 2), (8, 8), "cifar", "subsample", 4),
+    "narrower blocks": ResNetConfig(
+        "basic", (2, 1), (8, 16), "cifar", "average_pool", 3, (5, 8, 11)
+    ),
 }
+NARROWER = replace(CIFAR, block_widths=(8, 16, 19, 64, 44))
 # Policy logits; the sigmoid of the third is 0.5 in float32.
 NEAR_ZERO = (-1.0, -1e-6, -5e-8, 0.0, 5e-8, 1.0)
 

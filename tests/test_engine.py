@@ -26,6 +26,7 @@ from tests.random_networks import (
     CIFAR,
     CUSTOM,
     IMAGES,
+    NARROWER,
     keep_half,
     make_decisions,
     make_images,
@@ -86,6 +87,15 @@ def test_cifar_networks(strategy, n, shortcut, classes, batch, kind, seed):
     images, decisions = make_images(config, IMAGES, seed), make_decisions(kind, IMAGES, 3 * n, seed)
     engine = bdf.compile(make_network(config, seed), strategy=strategy)
     check(engine, in_batches(engine, images, decisions, batch), images, decisions)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", ["all kept", "random"])
+def test_narrower_blocks(strategy, kind):
+    images = make_images(NARROWER, IMAGES)
+    decisions = make_decisions(kind, IMAGES, NARROWER.num_blocks)
+    engine = bdf.compile(make_network(NARROWER), strategy=strategy)
+    check(engine, in_batches(engine, images, decisions, 16), images, decisions)
 
 
 @pytest.mark.slow
@@ -497,6 +507,14 @@ def test_auto_says_why():
     else:
         assert on_cpu.strategy == "gather"
         assert "compiled extension" in on_cpu.strategy_reason
+        return
+    narrower = bdf.compile(make_network(NARROWER)).strategy_reason
+    assert narrower.endswith(
+        "narrower blocks are padded to their segment's width, and take its time"
+    )
+
+
+def test_a_strategy_that_was_asked_for():
     asked = bdf.compile(make_network(CIFAR), strategy="dense")
     assert (asked.strategy, asked.strategy_reason) == ("dense", "asked for")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import blockdrop_fast as bdf
 from train.config import Joint, Pretrain
 from train.loop import normalization_of
-from train.systems.config import Exits
+from train.systems.config import Exits, Retraining
 
 
 def distillation_loss(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -34,7 +34,7 @@ def taught_loss(
     logits: Tensor,
     labels: Tensor,
     target: Tensor | None,
-    config: Pretrain | Joint | Exits,
+    config: Pretrain | Joint | Exits | Retraining,
 ) -> Tensor:
     """Cross entropy; with a target, the mean of it and of distillation that ``--distill`` weighs.
 

@@ -353,6 +353,17 @@ def split(
     )
 
 
+def sgd(config: Common, parameters: Iterable[nn.Parameter] | list[dict]) -> torch.optim.SGD:
+    """SGD with Nesterov momentum, by a stage's options, at ``lr`` or what groups say."""
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=True,
+    )
+
+
 def one_cycle(
     config: Common, parameters: Iterable[nn.Parameter] | list[dict], images: int
 ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.OneCycleLR]:
@@ -363,13 +374,7 @@ def one_cycle(
         parameters: to train at ``lr``, or groups with a peak of their own.
         images: that an epoch trains on.
     """
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=True,
-    )
+    optimizer = sgd(config, parameters)
     peaks = [group["lr"] for group in optimizer.param_groups]
     steps = max(1, images // config.batch_size) * config.epochs
     scheduler = torch.optim.lr_scheduler.OneCycleLR(

@@ -173,9 +173,13 @@ def _find_walk(network: FoldedNetwork) -> tuple[Executor | None, str]:
         executor = _make_walk(network)
     except (TypeError, ValueError) as error:
         return None, str(error)
+    padded = ""
+    if network.config.block_widths is not None:
+        padded = "; narrower blocks are padded to their segment's width, and take its time"
     if isinstance(executor, WalkHalfExecutor):
-        return executor, "one kernel launch a batch; images of other sizes than 32x32 run by gather"
-    return executor, "the fastest for this network on a CPU"
+        launch = "one kernel launch a batch; images of other sizes than 32x32 run by gather"
+        return executor, f"{launch}{padded}"
+    return executor, f"the fastest for this network on a CPU{padded}"
 
 
 def _why_no_walk_kernels(device: torch.device) -> str:

@@ -6,11 +6,12 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blockdrop_fast.executors import Executor
-from blockdrop_fast.networks.folding import FoldedNetwork
-from blockdrop_fast.ops.walk_network import WIDTHS
+from blockdrop_fast.networks.folding import FoldedConv, FoldedNetwork
+from blockdrop_fast.ops.walk_network import WIDTHS, conv_shapes
 
 
 class PackedWalk(Executor):
@@ -19,6 +20,7 @@ class PackedWalk(Executor):
     Args:
         network: folded; three segments of basic blocks of 16, 32 and 64 channels, the CIFAR stem,
             shortcuts without parameters; of a dtype and on a device that the operator serves.
+            Blocks that are narrower inside are padded with zeros, and take no less time.
 
     Raises:
         TypeError: weights of another dtype.
@@ -96,5 +98,18 @@ class PackedWalk(Executor):
     def pack(cls, network: FoldedNetwork) -> Tensor:
         """The network's weights, packed for the operator."""
         convs = [network.stem, *(conv for block in network.blocks for conv in block.convs)]
-        parts = [cls._pack_conv(conv.weight, conv.bias) for conv in convs]
+        parts = [
+            cls._pack_conv(*_padded(conv, *shape))
+            for conv, shape in zip(convs, conv_shapes(network.config.layers), strict=True)
+        ]
         return torch.cat([*parts, cls._pack_classifier(network.fc_weight, network.fc_bias)])
+
+
+def _padded(conv: FoldedConv, channels_in: int, channels_out: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution, with channels of zeros up to so many."""
+    missing_out = channels_out - conv.weight.shape[0]
+    missing_in = channels_in - conv.weight.shape[1]
+    if missing_out == missing_in == 0:
+        return conv.weight, conv.bias
+    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, missing_in, 0, missing_out))
+    return weight, F.pad(conv.bias, (0, missing_out))

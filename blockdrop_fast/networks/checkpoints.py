@@ -37,7 +37,12 @@ from blockdrop_fast.networks.halting import HaltingPolicy
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import PolicyNetwork
-from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, ShortcutKind
+from blockdrop_fast.networks.resnet import (
+    BOTTLENECK_EXPANSION,
+    ResNet,
+    ResNetConfig,
+    ShortcutKind,
+)
 from blockdrop_fast.networks.sequential import SequentialPolicy
 
 FORMAT_VERSION = 1
@@ -123,8 +128,15 @@ def _infer_config(tensors: Tensors, has_linear: bool, where: str) -> ResNetConfi
         if match:
             segment, block = map(int, match.groups())
             sizes[segment] = max(sizes.get(segment, 0), block + 1)
+    block = "bottleneck" if "segments.0.0.conv3.weight" in tensors else "basic"
+    last, expansion = ("conv3", BOTTLENECK_EXPANSION) if block == "bottleneck" else ("conv2", 1)
     needed = ["conv1.weight", "fc.weight"]
-    needed += [f"segments.{segment}.0.conv1.weight" for segment in range(max(1, len(sizes)))]
+    needed += [
+        f"segments.{segment}.{index}.{conv}.weight"
+        for segment in range(max(1, len(sizes)))
+        for index in range(sizes.get(segment, 1))
+        for conv in ("conv1", last)
+    ]
     missing = [key for key in needed if key not in tensors]
     if missing:
         raise CheckpointError(
@@ -150,15 +162,20 @@ def _infer_config(tensors: Tensors, has_linear: bool, where: str) -> ResNetConfi
         shortcut = "subsample" if has_linear else "average_pool"
     try:
         return ResNetConfig(
-            block="bottleneck" if "segments.0.0.conv3.weight" in tensors else "basic",
+            block=block,
             layers=tuple(sizes[segment] for segment in range(len(sizes))),
             widths=tuple(
-                tensors[f"segments.{segment}.0.conv1.weight"].shape[0]
+                tensors[f"segments.{segment}.0.{last}.weight"].shape[0] // expansion
                 for segment in range(len(sizes))
             ),
             stem=stems[kernel],
             shortcut=shortcut,
             num_classes=tensors["fc.weight"].shape[0],
+            block_widths=tuple(
+                tensors[f"segments.{segment}.{index}.conv1.weight"].shape[0]
+                for segment in range(len(sizes))
+                for index in range(sizes[segment])
+            ),
         )
     except ValueError as error:  # empty weights
         raise CheckpointError(f"{where}: {error}") from None

@@ -37,6 +37,8 @@ class ResNetConfig:
             "subsample" (every second pixel, zero channels on both sides),
             "projection" (1x1 convolution and batch norm; ImageNet).
         num_classes: outputs of the final linear layer.
+        block_widths: K channels inside each block, where they are not its segment's: those that its
+            convolutions but the last give. None, also for K that are the segments': none differs.
     """
 
     block: BlockKind
@@ -45,6 +47,7 @@ class ResNetConfig:
     stem: StemKind
     shortcut: ShortcutKind
     num_classes: int
+    block_widths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -65,6 +68,17 @@ class ResNetConfig:
             )
         if min(self.layers) < 1 or min(self.widths) < 1 or self.num_classes < 1:
             raise ValueError(f"layers, widths and num_classes must be positive, got {self}")
+        if self.block_widths is not None:
+            self._check_block_widths(tuple(self.block_widths))
+
+    def _check_block_widths(self, block_widths: tuple[int, ...]) -> None:
+        if len(block_widths) != self.num_blocks or min(block_widths) < 1:
+            raise ValueError(
+                f"block_widths: expected a width of 1 or more for each of {self.num_blocks} "
+                f"blocks, got {block_widths}"
+            )
+        same = block_widths == self._segment_widths
+        object.__setattr__(self, "block_widths", None if same else block_widths)
 
     @property
     def num_blocks(self) -> int:
@@ -89,6 +103,16 @@ class ResNetConfig:
         return tuple(pairs)
 
     @property
+    def inner_widths(self) -> tuple[int, ...]:
+        """Channels inside each of the K blocks, in order; see ``block_widths``."""
+        return self._segment_widths if self.block_widths is None else self.block_widths
+
+    @property
+    def _segment_widths(self) -> tuple[int, ...]:
+        pairs = zip(self.widths, self.layers, strict=True)
+        return tuple(width for width, layers in pairs for _ in range(layers))
+
+    @property
     def size_multiple(self) -> int:
         """Image height and width must be multiples of this.
 
@@ -101,19 +125,22 @@ class ResNetConfig:
         return 4 * segments if self.shortcut == "average_pool" else 1
 
     def to_dict(self) -> dict:
-        """The fields as plain JSON-ready values."""
-        return asdict(self)
+        """The fields as plain JSON-ready values; ``block_widths`` where there are some."""
+        fields = asdict(self)
+        if self.block_widths is None:
+            del fields["block_widths"]
+        return fields
 
 
 class BasicBlock(nn.Module):
     """F_k of CIFAR ResNets and of ResNet-10/18: 3x3 convolution, batch norm, ReLU, twice."""
 
-    def __init__(self, in_channels: int, width: int, stride: int):
+    def __init__(self, in_channels: int, width: int, out_channels: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """F_k(x), without shortcut and without the final ReLU."""
@@ -123,14 +150,14 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """F_k of ImageNet ResNets: 1x1, 3x3 (carrying the stride), 1x1 convolutions."""
 
-    def __init__(self, in_channels: int, width: int, stride: int):
+    def __init__(self, in_channels: int, width: int, out_channels: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, width * BOTTLENECK_EXPANSION, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width * BOTTLENECK_EXPANSION)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """F_k(x), without shortcut and without the final ReLU."""
@@ -212,8 +239,9 @@ class ResNet(nn.Module):
         block_class = Bottleneck if config.block == "bottleneck" else BasicBlock
         self.segments = nn.ModuleList()
         self.shortcuts = nn.ModuleList()
-        for segment, (layers, width, out_channels) in enumerate(
-            zip(config.layers, config.widths, config.channels, strict=True)
+        inner_widths = iter(config.inner_widths)
+        for segment, (layers, out_channels) in enumerate(
+            zip(config.layers, config.channels, strict=True)
         ):
             stride = 1 if segment == 0 else 2
             same_shape = stride == 1 and channels == out_channels
@@ -229,7 +257,10 @@ class ResNet(nn.Module):
             )
             blocks = nn.ModuleList()
             for index in range(layers):
-                blocks.append(block_class(channels, width, stride if index == 0 else 1))
+                width = next(inner_widths)
+                blocks.append(
+                    block_class(channels, width, out_channels, stride if index == 0 else 1)
+                )
                 channels = out_channels
             self.segments.append(blocks)
         self.fc = nn.Linear(channels, config.num_classes)

@@ -310,8 +310,10 @@ def test_own_round_trip(tmp_path, tiny_model, normalization):
         TINY_IMAGENET,
         ResNetConfig("basic", (3,), (8,), "cifar", "subsample", 2),
         ResNetConfig("basic", (1, 1), (4, 9), "cifar", "subsample", 2),
+        ResNetConfig("basic", (1, 2), (4, 8), "cifar", "subsample", 2, (3, 8, 9)),
+        ResNetConfig("bottleneck", (1, 2), (4, 6), "imagenet", "projection", 5, (3, 5, 1)),
     ],
-    ids=["bottleneck", "one-segment", "odd-width"],
+    ids=["bottleneck", "one-segment", "odd-width", "narrower", "narrower-bottleneck"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_own_backbone_round_trip(tmp_path, config, dtype):
@@ -537,7 +539,11 @@ def put(**tensors):
         (put(conv1__weight=torch.ones(4, 3, 5, 5)), r"3x3 .* or 7x7 .* got shape \(4, 3, 5, 5\)"),
         (put(conv1__weight=torch.ones(4)), r"got shapes conv1.weight \(4,\)"),
         (put(fc__weight=torch.ones(7, 5)), r"fc.weight \(7, 5\) instead of \(7, 16\)"),
-        (put(layer2__0__conv1__weight=torch.ones(2, 4, 3, 3)), r"fewer channels \(2\) than"),
+        (put(layer2__0__conv2__weight=torch.ones(2, 8, 3, 3)), r"fewer channels \(2\) than"),
+        (
+            put(layer2__0__conv1__weight=torch.ones(2, 4, 3, 3)),
+            r"segments.1.0.bn1.weight \(8,\) instead of \(2,\)",
+        ),
         (put(layer5__0__conv1__weight=torch.ones(4, 4, 3, 3)), "segments.3.0.conv1.weight"),
     ],
 )

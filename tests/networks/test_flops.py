@@ -75,6 +75,7 @@ NETWORKS = [
     ResNetConfig("basic", (2, 1, 2), (8, 16, 24), "cifar", "average_pool", 5),
     ResNetConfig("basic", (1, 2), (8, 16), "cifar", "projection", 5),
     ResNetConfig("bottleneck", (1, 2, 2, 1), (8, 16, 16, 32), "imagenet", "projection", 7),
+    ResNetConfig("basic", (1, 2), (8, 16), "cifar", "average_pool", 5, (3, 16, 9)),
 ]
 
 
@@ -84,7 +85,9 @@ def count_with_pytorch(call, *arguments):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("config", NETWORKS, ids=lambda config: f"{config.block}-{config.stem}")
+@pytest.mark.parametrize(
+    "config", NETWORKS, ids=lambda config: f"{config.block}-{config.stem}-{config.block_widths}"
+)
 @pytest.mark.parametrize("size", [(32, 48), (68, 36)])
 def test_agrees_with_pytorchs_counter(config, size):
     """Run one image at a time: the reference then skips what its decisions drop."""

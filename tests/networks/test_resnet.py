@@ -29,6 +29,10 @@ CONFIGS = {
     "wide-first-segment": ResNetConfig("bottleneck", (1, 2), (4, 8), "cifar", "subsample", 5),
     "projection": ResNetConfig("bottleneck", (2, 1, 2), (4, 6, 8), "imagenet", "projection", 5),
     "basic-projection": ResNetConfig("basic", (1, 2), (64, 8), "imagenet", "projection", 5),
+    "narrower": ResNetConfig("basic", (1, 2), (4, 8), "cifar", "subsample", 5, (3, 8, 9)),
+    "narrower-bottleneck": ResNetConfig(
+        "bottleneck", (1, 2), (4, 6), "imagenet", "projection", 5, (3, 5, 1)
+    ),
 }
 
 
@@ -388,6 +392,8 @@ def test_impossible_depths(depth):
         ({"layers": (), "widths": ()}, "layers and widths"),
         ({"layers": (1, 0)}, "must be positive"),
         ({"num_classes": 0}, "must be positive"),
+        ({"block_widths": (4,)}, r"block_widths: expected .* each of 2 blocks, got \(4,\)"),
+        ({"block_widths": (4, 0)}, r"block_widths: expected a width of 1 or more .* \(4, 0\)"),
         ({"widths": (8, 4)}, r"widths: .* fewer channels \(4\) than its input \(8\)"),
     ],
 )
@@ -401,6 +407,11 @@ def test_config_takes_lists_and_gives_json():
     config = ResNetConfig("basic", [1, 1], [4, 8], "cifar", "subsample", 2)
     assert config.layers == (1, 1)
     assert ResNetConfig(**config.to_dict()) == config
+    assert "block_widths" not in config.to_dict()
+    narrower = replace(config, block_widths=[3, 8])
+    assert narrower.block_widths == narrower.inner_widths == (3, 8)
+    assert ResNetConfig(**narrower.to_dict()) == narrower
+    assert replace(config, block_widths=(4, 8)) == config
 
 
 @pytest.mark.parametrize("input_pool", [0, -1])

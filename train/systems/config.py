@@ -61,7 +61,50 @@ class Cascade(Rules):
     """Two or more backbone checkpoints, of pretrain --held-out, from small to large (required)."""
 
 
+@dataclass(frozen=True)
+class Retraining(Common):
+    """Options of the stages that change a trained network, and train it again."""
+
+    model: Path | None = None
+    """Backbone checkpoint (required)."""
+    epochs: int = 40
+    batch_size: int = 128
+    lr: float = 0.1
+    """Peak of the one-cycle schedule (SGD with Nesterov momentum)."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    teacher: Path | None = None
+    """Backbone checkpoint whose logits, all blocks kept, are also learned (distillation)."""
+    distill: float = 0.5
+    """With --teacher: weight of that loss; the cross entropy has the rest."""
+    temperature: float = 2.0
+    """With --teacher: softening of both logits."""
+
+
+@dataclass(frozen=True)
+class Pfec(Retraining):
+    """PFEC: cut off filters of the smallest l1 norms inside blocks, and train again."""
+
+    out: Path = Path("runs/pfec")
+    model: Path | None = None
+    """Backbone checkpoint, or BlockDrop checkpoint, whose policy stays (required)."""
+    variant: Literal["A", "B"] = "B"
+    """Of the paper, for ResNet-56 and 110: A prunes little, B more; carried over to ResNet-32."""
+    ratios: tuple[float, ...] | None = None
+    """Instead of a variant: share of the filters that go, for each segment."""
+    skip: tuple[int, ...] | None = None
+    """With --ratios: blocks that stay whole, counted from 1."""
+    multiple: int = 1
+    """Widths are rounded up to multiples of this: those of the processor's vectors, say 8."""
+    batch_size: int = 64
+    """Paper: 40 epochs, at a constant 1e-3; the authors' code: 64 images."""
+    schedule: Literal["constant", "one_cycle"] = "constant"
+    lr: float = 1e-3
+    """As it is, or peak, of SGD with Nesterov momentum."""
+
+
 SYSTEMS: dict[str, type[Common]] = {
+    "pfec": Pfec,
     "exits": Exits,
     "cascade": Cascade,
 }
@@ -70,6 +113,7 @@ _PAPER = {stage: config() for stage, config in SYSTEMS.items()}
 # What two CPU cores finish for ResNet-32 within half an hour.
 _QUICK = _PAPER | {
     "exits": Exits(epochs=4, lr=0.05),
+    "pfec": Pfec(epochs=5, batch_size=128, schedule="one_cycle", lr=0.02),
 }
 
 PRESETS = {"paper": _PAPER, "quick": _QUICK, "R101": _PAPER}
