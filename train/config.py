@@ -158,8 +158,13 @@ class Joint(Common):
     backbone: Path | None = None
     """Backbone checkpoint, with --static."""
     static: int | None = None
-    """The control: every image runs the best set of so many blocks, by greedy elimination on
-    training images."""
+    """The control: every image runs one set of so many blocks, see --static-set."""
+    static_set: Literal["greedy", "first_k", "random_k", "random_k_per_image", "distribute_k"] = (
+        "greedy"
+    )
+    """The best one, by greedy elimination on training images, or the paper's baselines: the first
+    blocks, blocks drawn by --seed, the first ones of each segment. "random_k_per_image" draws anew
+    for each image and step, and leaves a backbone without a policy."""
     epochs: int = 8
     batch_size: int = 128
     lr: float = 0.05

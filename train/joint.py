@@ -1,16 +1,21 @@
-"""Stage 3, another way: finetuning a backbone for what a menu's policy network decides.
+r"""Stage 3, another way: finetuning a backbone for what a menu's policy network decides.
 
     python -m train joint --preset quick --data DIR --model expert.safetensors --budget 7
     python -m train joint --preset quick --data DIR --backbone droppable.safetensors --static 7
+    python -m train joint --preset quick --data DIR --backbone model.safetensors --static 7 \
+        --static-set first_k
 
 The paper's finetuning undoes within an epoch what a policy network knows of the images. Here each
 image runs the set that it gets at the budget, some images that of another budget, and the backbone
 learns; the policy network stays, or learns from what came of the sets that ran (a regression, as in
 the stage ``expert``). The second command is the control: the same training, in which every image
-runs the best set of that size. Not in the paper.
+runs the best set of that size. Not in the paper, but for the third command: its baselines FirstK,
+RandomK and DistributeK, finetuned (section 4.2).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +64,8 @@ def joint(config: Joint) -> None:
     dtype = engine_dtype(config, device)
     held_out, train = split(dataset.train, config.held_out, config.seed)
     if isinstance(model, bdf.ResNet):
-        keep = _static_set(config, bdf.compile(model, dtype=dtype), dataset)
+        keep = _static_set(config, model, dtype, dataset)
+        print("runs blocks " + " ".join(str(int(block) + 1) for block in keep.nonzero()))
         model = bdf.BlockDrop(model, bdf.FixedPolicy(keep.to(device)))
     menu = model.policy.menu
     looked_through = [] if config.policy_lr else _looked_through(model)
@@ -70,7 +76,8 @@ def joint(config: Joint) -> None:
         learning["policy"] = (model.policy, config.policy_lr)
     groups = [{"params": network.parameters(), "lr": lr} for network, lr in learning.values()]
     optimizer, scheduler = one_cycle(config, groups, len(train))
-    run = Run(config, model, [optimizer], [scheduler])
+    redraws = config.static is not None and config.static_set == "random_k_per_image"
+    run = Run(config, model.backbone if redraws else model, [optimizer], [scheduler])
     if menu is not None:  # of a resumed run: at the policy that it had come to
         calibrate(model, held_out, config.budget, config.workers)
     engine = bdf.compile(model, dtype=dtype)
@@ -78,6 +85,7 @@ def joint(config: Joint) -> None:
     for epoch in run.epochs():
         means, statistics = Means(), PolicyStatistics()
         generator = sampling_generator(config.seed, epoch, device)
+        redraw = _redraw(config, model.backbone, generator) if redraws else None
         model.train()
         model.policy.train(bool(config.policy_lr))
         for module in looked_through:
@@ -85,9 +93,13 @@ def joint(config: Joint) -> None:
         prices = _prices(menu, config).to(device)
         for images, labels in run.batches(train, epoch, config.batch_size):
             price = _draw(prices, len(images), config.spread, generator)
+            drawn = None if redraw is None else redraw(images)
             with autocast(config, device):
                 logits, decisions, values = model.forward_with(
-                    images, lambda values, price=price: _choose(menu, values, price)
+                    images,
+                    lambda values, price=price, drawn=drawn: (
+                        _choose(menu, values, price) if drawn is None else drawn
+                    ),
                 )
             target = None if teacher is None else teacher(images.to(dtype)).logits.float()
             loss = taught_loss(logits.float(), labels, target, config)
@@ -121,7 +133,7 @@ def joint(config: Joint) -> None:
                     config.out / MODEL_FILE, engine, dataset, config.static_images, config.workers
                 )
             evaluation = evaluate_test(
-                engine, dataset, config.workers, None, config.routing_images, static
+                engine, dataset, config.workers, redraw, config.routing_images, static
             )
             metrics |= evaluation_metrics(evaluation, 1.0)
         run.finish_epoch(epoch, metrics)
@@ -159,16 +171,44 @@ def _draw(prices: Tensor, batch: int, spread: float, generator: torch.Generator)
     return prices[other * differs][:, None]
 
 
-def _static_set(config: Joint, engine: bdf.Engine, dataset: Dataset) -> Tensor:
-    """(K,) bool: the best set of so many blocks, by greedy elimination on training images."""
-    blocks = engine.config.num_blocks
+def _redraw(
+    config: Joint, backbone: bdf.ResNet, generator: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    """Decides for a batch by RandomK, anew for each of its images."""
+
+    def decide(images: Tensor) -> Tensor:
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        return bdf.heuristics.random_k(
+            config.static,
+            backbone.config.layers,
+            len(images),
+            seed=seed,
+            per_image=True,
+            device=images.device,
+        )
+
+    return decide
+
+
+def _static_set(
+    config: Joint, backbone: bdf.ResNet, dtype: torch.dtype, dataset: Dataset
+) -> Tensor:
+    """(K,) bool: the set of so many blocks; all of them where each image has its own."""
+    blocks, layers = backbone.num_blocks, backbone.config.layers
     if not 0 <= config.static <= blocks:
         raise ValueError(f"static: expected 0 to {blocks} blocks, got {config.static}")
+    if config.static_set == "random_k_per_image":
+        return torch.ones(blocks, dtype=torch.bool)
+    if config.static_set == "first_k":
+        return bdf.heuristics.first_k(config.static, layers, 1)[0]
+    if config.static_set == "distribute_k":
+        return bdf.heuristics.distribute_k(config.static, layers, 1)[0]
+    if config.static_set == "random_k":
+        return bdf.heuristics.random_k(config.static, layers, 1, seed=config.seed)[0]
+    engine = bdf.compile(backbone, dtype=dtype)
     some = dataset.train.subset(min(STATIC_LINE_IMAGES, len(dataset.train)), config.seed)
     batches = plain_batches(engine.backbone, some, EVALUATION_BATCH, config.workers)
-    keep = cached_static_line(config.backbone, engine, list(batches)).sets[config.static]
-    print("runs blocks " + " ".join(str(int(block) + 1) for block in keep.nonzero()))
-    return keep
+    return cached_static_line(config.backbone, engine, list(batches)).sets[config.static]
 
 
 def _load_model(config: Joint) -> bdf.BlockDrop | bdf.ResNet:
@@ -179,6 +219,8 @@ def _load_model(config: Joint) -> bdf.BlockDrop | bdf.ResNet:
         if budgeted:
             raise ValueError("static: expected no --policy-lr, --budget or --budgets")
         return bdf.load_backbone(config.backbone)
+    if config.static_set != "greedy":
+        raise ValueError("static_set: expected with --static, the number of its blocks")
     if config.model is None or config.backbone is not None:
         raise ValueError("model: expected a BlockDrop checkpoint, or --backbone and --static")
     model = bdf.load(config.model)

@@ -15,6 +15,7 @@ from train.joint import _draw, _prices, joint
 
 FEW = {"limit": 300, "batch_size": 32, "threads": 1, "held_out": 100, "epochs": 1}
 SETS = torch.tensor([[1, 0, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+PLACES = [(s, b) for s, layers in enumerate(CIFAR.layers) for b in range(layers)]
 NORMALIZED = bdf.data.image_sets.NO_NORMALIZATION
 
 
@@ -93,6 +94,47 @@ def test_the_control_trains_one_set(backbone_file, tmp_path):
     assert trained == {k for k, kept in enumerate(keep) if kept}
 
 
+@pytest.mark.parametrize(
+    ("static_set", "keep"),
+    [
+        ("first_k", [True, True, True, False, False]),
+        ("distribute_k", [True, False, True, True, False]),
+        ("random_k", bdf.heuristics.random_k(3, CIFAR.layers, 1, seed=4)[0].tolist()),
+    ],
+)
+def test_the_papers_baselines(static_set, keep, backbone_file, tmp_path):
+    options = FEW | {"seed": 4}
+    joint(Joint(backbone=backbone_file, static=3, static_set=static_set, out=tmp_path, **options))
+    after = bdf.load(tmp_path / "model.safetensors")
+    assert after.policy.keep.tolist() == keep
+    names = changed(bdf.load_backbone(backbone_file).state_dict(), after.backbone)
+    ran = [any(name.startswith(f"segments.{s}.{b}") for name in names) for s, b in PLACES]
+    assert ran == keep
+
+
+def test_random_blocks_of_each_image(backbone_file, killed, tmp_path):
+    config = Joint(
+        backbone=backbone_file, static=3, static_set="random_k_per_image", static_images=0, **FEW
+    )
+    config = replace(config, epochs=2)
+    joint(replace(config, out=tmp_path / "whole"))
+    after = bdf.load_backbone(tmp_path / "whole" / "model.safetensors")
+    names = changed(bdf.load_backbone(backbone_file).state_dict(), after)
+    assert all(any(name.startswith(f"segments.{s}.{b}") for name in names) for s, b in PLACES)
+    rows = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert rows[-1]["test_sparsity"] == rows[-1]["train_sparsity"] == 3
+    assert rows[-1]["train_unique_policies"] == 10
+    assert rows[-1]["test_unique_policies"] == 10
+    killed(joint, replace(config, out=tmp_path / "killed"))
+    joint(replace(config, out=tmp_path / "killed", resume=True))
+    again = bdf.load_backbone(tmp_path / "killed" / "model.safetensors")
+    assert not changed(after.state_dict(), again)
+    assert (
+        json.loads((tmp_path / "killed" / "metrics.json").read_text())[-1]["test_accuracy"]
+        == rows[-1]["test_accuracy"]
+    )
+
+
 def test_a_share_of_the_images_runs_at_other_budgets():
     menu = Menu(SETS)
     menu.calibrate(torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), 2.0)
@@ -123,6 +165,7 @@ def test_outcomes_are_half_right_half_probable():
         ({"static": 3}, "static: expected --backbone"),
         ({"static": 3, "backbone": "b", "policy_lr": 0.1}, "static: expected no --policy-lr"),
         ({"static": 9, "backbone": "b"}, "static: expected 0 to 5 blocks, got 9"),
+        ({"static_set": "first_k", "model": "m"}, "static_set: expected with --static"),
         ({"model": "m", "backbone": "b"}, "model: expected"),
         ({"model": "m", "budget": 9.0}, "budget: expected from"),
         ({"model": "m", "spread": 1.5}, "spread: expected 0 to 1, got 1.5"),
