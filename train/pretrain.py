@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ _IMAGENET_ARCHITECTURES = {
     "resnet50": bdf.resnet50,
     "resnet101": bdf.resnet101,
     "resnet152": bdf.resnet152,
+    # Of the paper: what static networks reach with fewer blocks than ResNet-101.
+    "resnet72": partial(bdf.resnet_imagenet, (3, 4, 14, 3)),
+    "resnet75": partial(bdf.resnet_imagenet, (3, 4, 15, 3)),
+    "resnet84": partial(bdf.resnet_imagenet, (3, 4, 18, 3)),
 }
 
 

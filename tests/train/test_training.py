@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from train.demo import demo
 from train.finetune import distillation_loss, finetune
 from train.heuristics import heuristics
 from train.loop import NonFiniteLossError, engine_dtype
-from train.pretrain import pretrain, stochastic_depth
+from train.pretrain import _make_backbone, pretrain, stochastic_depth
 
 ROOT = Path(__file__).parents[2]
 
@@ -352,6 +353,20 @@ def test_nan_loss_stops_with_the_step_and_keeps_the_checkpoint(pretrained, tmp_p
     with pytest.raises(NonFiniteLossError, match="step 1"):
         pretrain(config)
     assert not (tmp_path / "run" / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [("resnet72", "1.17e+10"), ("resnet75", "1.21e+10"), ("resnet84", "1.34e+10"),
+     ("resnet20", "8.11e+07"), ("resnet44", "1.94e+08")],
+)  # fmt: skip
+def test_shallower_networks_cost_what_the_paper_says(arch, expected):
+    """Those of ImageNet: table 3; those of CIFAR: counted by hand, 2 x multiply-adds."""
+    classes = 1000 if expected.endswith("10") else 10
+    dataset = SimpleNamespace(name="", classes=range(classes))
+    with torch.device("meta"):
+        backbone = _make_backbone(Pretrain(arch=arch), dataset)
+    assert f"{float(bdf.flops(backbone)):.2e}" == expected
 
 
 @pytest.mark.parametrize(
