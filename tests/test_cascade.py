@@ -68,6 +68,39 @@ def test_rules_that_let_nobody_or_everybody_stay():
     check(engine, output, images)
 
 
+@torch.no_grad()
+def test_sets_of_blocks_before_a_network(tmp_path):
+    """A cascade whose first networks are one set of blocks each: engine, file, FLOPs."""
+    keep = torch.tensor([[1, 0, 0, 1, 0], [1, 1, 0, 1, 1]]).bool()
+    backbones = [make_network(CIFAR, seed) for seed in range(3)]
+    small = [
+        bdf.BlockDrop(one, bdf.FixedPolicy(few)) for one, few in zip(backbones, keep, strict=False)
+    ]
+    cascade, images = bdf.Cascade([*small, backbones[2]]).eval(), make_images(CIFAR, IMAGES)
+    sure = [one(images).logits.softmax(1).max(1).values.quantile(0.6).item() for one in small]
+    cascade.set_thresholds(sure)
+    engine = bdf.compile(cascade)
+    output = engine(images)
+    check(engine, output, images)
+    assert len(output.decisions.unique(dim=0)) == 3
+    alone = [bdf.flops(one, few[None], image_size=(8, 12)) for one, few in zip(small, keep)]
+    alone.append(bdf.flops(backbones[2], image_size=(8, 12)))
+    expected = output.decisions.double() @ torch.cat(alone)
+    torch.testing.assert_close(bdf.flops(cascade, output.decisions, image_size=(8, 12)), expected)
+    bdf.save(cascade, tmp_path / "cascade.safetensors")
+    loaded = bdf.load(tmp_path / "cascade.safetensors").eval()
+    for found, one in zip(bdf.compile(loaded)(images), output, strict=True):
+        assert torch.equal(found, one)
+
+
+def test_other_members():
+    network = make_network(CIFAR)
+    learned = bdf.BlockDrop(network, bdf.policy_resnet8(5))
+    for other in (learned, bdf.Cascade([network, network])):
+        with pytest.raises(ValueError, match="or BlockDrop models of a FixedPolicy, got"):
+            bdf.Cascade([other, network])
+
+
 def test_empty_batch_and_modes():
     cascade, images = make_cascade()
     engine = bdf.compile(cascade)

@@ -489,7 +489,8 @@ def plain_batches(
 
 def normalization_of(model: nn.Module) -> Normalization:
     """What the model's images are normalised with."""
-    backbone = model.backbone if isinstance(model, bdf.BlockDrop) else model
+    one = model.networks[0] if isinstance(model, bdf.Cascade) else model
+    backbone = one.backbone if isinstance(one, bdf.BlockDrop) else one
     return backbone.normalization or NO_NORMALIZATION
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blockdrop_fast.executors.exactly import exactly
-from blockdrop_fast.networks.cascade import Cascade
+from blockdrop_fast.networks.cascade import Cascade, Member, backbone_of
 from blockdrop_fast.networks.exits import leaves_by
 from blockdrop_fast.networks.gated import Output
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
@@ -31,7 +31,7 @@ class CascadeEngine:
         ValueError: networks on several devices.
     """
 
-    def __init__(self, model: Cascade, make: Callable[[ResNet], Any]):
+    def __init__(self, model: Cascade, make: Callable[[Member], Any]):
         self.model = model
         self.engines: Sequence[Any] = [make(network) for network in model.networks]
         self._take_over()
@@ -64,7 +64,7 @@ class CascadeEngine:
     @property
     def backbone(self) -> ResNet:
         """The last network, whose classes and normalisation are those of all."""
-        return self.model.networks[-1]
+        return backbone_of(self.model.networks[-1])
 
     @property
     def config(self) -> ResNetConfig:

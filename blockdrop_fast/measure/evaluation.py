@@ -49,7 +49,7 @@ class Evaluation:
         routing_images: images on which the next three were measured; 0: they were not.
         routing_gain: accuracy minus the mean accuracy with the same decisions shuffled among the
             images, with their weights where there are some; 0 where all have the same. None where
-            it was not measured, and of cascades.
+            it was not measured. Of a cascade: shuffled among the images, where they end.
         routing_gain_std: standard deviation of the shuffles' accuracies.
         margin_correlation: Spearman's, of the kept blocks with how far the complete network's
             first logit is ahead of its second. None also where usage is constant.
@@ -182,7 +182,7 @@ def evaluate(
             f"got {len(static_accuracies)}"
         )
     all_correct, all_decisions, image_size = [], [], None
-    varies = isinstance(engine.model, BlockDrop) or decide is not None
+    varies = isinstance(engine.model, (BlockDrop, Cascade)) or decide is not None
     weights: Tensor | None = None
     drawn = _Drawn(routing_images if shuffles and varies else 0)
     for images, labels in batches:
@@ -250,7 +250,7 @@ class _Drawn:
 
 
 def _with_routing(
-    evaluation: Evaluation, engine: Engine, drawn: _Drawn, shuffles: int
+    evaluation: Evaluation, engine: Engine | CascadeEngine, drawn: _Drawn, shuffles: int
 ) -> Evaluation:
     """The evaluation and, on the drawn images, the gain and the correlation with the margin."""
     weighted = bool(drawn.rows) and len(drawn.rows[0]) > 4
@@ -271,7 +271,11 @@ def _with_routing(
         batch = batch.contiguous(memory_format=torch.channels_last)
         sets = [one[:, part].to(engine.device) for one in shuffled]
         everything = torch.ones_like(sets[0][0])
-        if weights or _has_exits(engine):
+        if isinstance(engine, CascadeEngine):
+            found = torch.stack([one(batch).logits for one in engine.engines])
+            last = torch.cat([sets[0], everything[None]]).sum(-1) - 1
+            logits = found[last, torch.arange(len(batch), device=last.device)]
+        elif weights or _has_exits(engine):
             logits = [engine.run(batch, *one) for one in zip(*sets, strict=True)]
             logits = torch.stack([*logits, engine.run(batch, everything)])
         else:

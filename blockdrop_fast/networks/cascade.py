@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.exits import NEVER, check_rules, leaves_by, threshold_rules
+from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.gated import Output
 from blockdrop_fast.networks.resnet import ResNet
+
+Member = ResNet | BlockDrop
 
 
 class Cascade(nn.Module):
@@ -19,7 +23,8 @@ class Cascade(nn.Module):
     add up: an image that reaches the last network has run all of them.
 
     Args:
-        networks: two or more, of the same classes and the same normalisation of images.
+        networks: two or more, of the same classes and the same normalisation of images: ResNets,
+            or BlockDrop models of a ``FixedPolicy``, which run one set of blocks for all images.
 
     Attributes:
         networks: as above, N of them.
@@ -30,14 +35,22 @@ class Cascade(nn.Module):
         ValueError: no such networks.
     """
 
-    def __init__(self, networks: Sequence[ResNet]):
+    def __init__(self, networks: Sequence[Member]):
         super().__init__()
         if len(networks) < 2:
             raise ValueError(f"networks: expected two or more, got {len(networks)}")
-        classes = [network.config.num_classes for network in networks]
+        for one in networks:
+            fixed = isinstance(one, BlockDrop) and isinstance(one.policy, FixedPolicy)
+            if not isinstance(one, ResNet) and not fixed:
+                what = type(getattr(one, "policy", one)).__name__
+                raise ValueError(
+                    f"networks: expected ResNets, or BlockDrop models of a FixedPolicy, got {what}"
+                )
+        backbones = [backbone_of(one) for one in networks]
+        classes = [backbone.config.num_classes for backbone in backbones]
         if len(set(classes)) > 1:
             raise ValueError(f"networks: expected of the same classes, got {classes} of them")
-        if any(network.normalization != networks[0].normalization for network in networks):
+        if any(one.normalization != backbones[0].normalization for one in backbones):
             raise ValueError("networks: expected the same normalisation of images for all")
         self.networks = nn.ModuleList(networks)
         self.register_buffer("rules", torch.tensor([NEVER] * (len(networks) - 1)))
@@ -61,7 +74,7 @@ class Cascade(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         """(B, 3, H, W) images -> logits, and as decisions (B, N) bool: which networks ran."""
-        logits = self.networks[0](images)
+        logits = _logits(self.networks[0](images))
         decisions = torch.zeros(len(images), len(self.networks), dtype=torch.bool)
         decisions = decisions.to(images.device)
         decisions[:, 0] = True
@@ -69,10 +82,26 @@ class Cascade(nn.Module):
         for n, (network, rule) in enumerate(zip(self.networks[1:], self.rules, strict=True), 1):
             index = index[~leaves_by(logits[index], rule)]
             decisions[index, n] = True
-            logits = logits.index_copy(0, index, network(images[index]))
+            logits = logits.index_copy(0, index, _logits(network(images[index])))
         return Output(logits, decisions)
 
     def replay(self, images: Tensor, output: Output) -> Tensor:
         """(B, 3, H, W) images -> (B, num_classes) of the last network of each image's decisions."""
-        logits = torch.stack([network(images) for network in self.networks])
+        logits = torch.stack([_logits(network(images)) for network in self.networks])
         return logits[output.decisions.sum(1) - 1, torch.arange(len(images))]
+
+
+def backbone_of(network: Member) -> ResNet:
+    """The ResNet of one of a cascade's networks."""
+    return network.backbone if isinstance(network, BlockDrop) else network
+
+
+def blocks_of(network: Member) -> int:
+    """How many blocks one of a cascade's networks runs."""
+    if isinstance(network, BlockDrop):
+        return int(network.policy.keep.sum())
+    return network.num_blocks
+
+
+def _logits(found: Tensor | Output) -> Tensor:
+    return found.logits if isinstance(found, Output) else found

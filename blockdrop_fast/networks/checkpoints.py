@@ -29,7 +29,7 @@ from blockdrop_fast.data.image_sets import (
 )
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.networks.blockdrop import AnyPolicy, BlockDrop
-from blockdrop_fast.networks.cascade import Cascade
+from blockdrop_fast.networks.cascade import Cascade, Member, backbone_of
 from blockdrop_fast.networks.exits import Exits
 from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.gated import GatedPolicy
@@ -579,19 +579,7 @@ def _own_menu(tensors: Tensors, stored: Mapping) -> Menu:
 def _own_cascade(tensors: Tensors, metadata: Mapping, path: Path) -> Cascade:
     try:
         stored, rules = list(metadata["cascade"]), tensors["rules"]
-        networks = [
-            _own_backbone(
-                {
-                    f"backbone.{key}": one
-                    for key, one in _own_part(tensors, f"networks.{n}.").items()
-                },
-                {"backbone": config, "normalization": metadata["normalization"]},
-                {},
-                None,
-                path,
-            )
-            for n, config in enumerate(stored)
-        ]
+        networks = [_own_member(tensors, metadata, n, path) for n in range(len(stored))]
         cascade = Cascade(networks)
         cascade.set_rules(rules)
         surplus = [key for key in tensors if key not in cascade.state_dict()]
@@ -604,6 +592,21 @@ def _own_cascade(tensors: Tensors, metadata: Mapping, path: Path) -> Cascade:
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged metadata ({error!r})") from None
     return cascade
+
+
+def _own_member(tensors: Tensors, metadata: Mapping, n: int, path: Path) -> Member:
+    """Network n of a cascade; its policy, if it has one, is a set of blocks."""
+    stored, own = metadata["cascade"][n], _own_part(tensors, f"networks.{n}.")
+    fixed = "backbone" in stored
+    config = stored["backbone"] if fixed else stored
+    backbone = _own_backbone(
+        own if fixed else {f"backbone.{key}": one for key, one in own.items()},
+        {"backbone": config, "normalization": metadata["normalization"]},
+        {},
+        None,
+        path,
+    )
+    return BlockDrop(backbone, FixedPolicy(own["policy.keep"])) if fixed else backbone
 
 
 def load(path: str | os.PathLike) -> BlockDrop | Cascade:
@@ -671,8 +674,8 @@ def save(model: BlockDrop | ResNet | Cascade, path: str | os.PathLike) -> None:
         backbone, parts = model, {"backbone": model.config.to_dict(), "policy": None}
         state = {f"backbone.{key}": value for key, value in state.items()}
     elif isinstance(model, Cascade):
-        backbone = model.networks[0]
-        parts = {"cascade": [one.config.to_dict() for one in model.networks]}
+        backbone = backbone_of(model.networks[0])
+        parts = {"cascade": [_member_metadata(one) for one in model.networks]}
     else:
         raise TypeError(
             f"model: expected a BlockDrop, ResNet or Cascade, got {type(model).__name__}"
@@ -688,6 +691,11 @@ def save(model: BlockDrop | ResNet | Cascade, path: str | os.PathLike) -> None:
     }
     with atomic_write(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
+
+
+def _member_metadata(network: Member) -> dict[str, Any]:
+    config = backbone_of(network).config.to_dict()
+    return {"backbone": config} if isinstance(network, BlockDrop) else config
 
 
 def _policy_metadata(policy: AnyPolicy) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def flops(
             ``check_decisions``.
     """
     if isinstance(model, Cascade):
-        whole = [float(flops(one, image_size=image_size)) for one in model.networks]
+        whole = [_whole(one, image_size) for one in model.networks]
         fixed, parts = 0.0, torch.tensor(whole, dtype=torch.float64)
     else:
         fixed, parts = _costs(model, image_size)
@@ -63,6 +63,12 @@ def flops(
         device=decisions.device if batched else torch.device("cpu"),
     )
     return fixed + keep.double() @ parts.to(keep.device)
+
+
+def _whole(network: ResNet | BlockDrop, image_size: ImageSize | None) -> float:
+    """Of a cascade's network, or one set of blocks."""
+    keep = network.policy.keep[None] if isinstance(network, BlockDrop) else None
+    return float(flops(network, keep, image_size=image_size))
 
 
 def block_flops(model: BlockDrop | ResNet, image_size: ImageSize | None = None) -> Tensor:

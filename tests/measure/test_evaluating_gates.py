@@ -61,7 +61,12 @@ def test_cascade():
     assert found.accuracy == 1
     assert found.block_usage == pytest.approx(1.5, abs=0.02)
     assert (found.num_blocks, found.segment_blocks) == (2, (1, 1))
-    assert found.routing_gain is None
+    with torch.no_grad():
+        right = torch.cat([one(images).argmax(1)[None] for one in networks])
+        right = (right == torch.cat([labels for _, labels in batches])).double().mean(1)
+    # Half of the images end at either network, whichever they are.
+    assert found.routing_gain == pytest.approx(1 - right.mean().item(), abs=0.1)
+    assert found.routing_gain > 0.2
     cost = bdf.flops(cascade, engine(images).decisions, image_size=tuple(images.shape[2:]))
     assert found.flops == pytest.approx(cost.mean().item())
     with pytest.raises(ValueError, match="decide: expected none, a cascade"):

@@ -16,6 +16,8 @@ import torch
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from blockdrop_fast.files import atomic_write
+from blockdrop_fast.networks.cascade import blocks_of
+from blockdrop_fast.networks.checkpoints import load_any
 from train.loop import (
     EVALUATION_BATCH,
     METRICS_FILE,
@@ -37,8 +39,8 @@ def cascade(config: Cascade) -> None:
     """
     if (config.out / MODEL_FILE).exists():
         raise FileExistsError(f"out: {config.out} holds a model already; name another folder")
-    model = bdf.Cascade([bdf.load_backbone(path).eval() for path in config.networks])
-    sizes = [network.num_blocks for network in model.networks]
+    model = bdf.Cascade([load_any(path) for path in config.networks]).eval()
+    sizes = [blocks_of(network) for network in model.networks]
     if sizes != sorted(sizes):
         raise ValueError(f"networks: expected from small to large, got {sizes} blocks")
     budget = budget_of(config.budget, [*accumulate(sizes)], sizes[-1])
@@ -71,7 +73,7 @@ def stops_of(
             size = tuple(images.shape[2:])
         logits.append(torch.cat(of_network))
         labels = torch.cat(of_labels)
-    blocks = torch.tensor([network.num_blocks for network in model.networks]).double()
+    blocks = torch.tensor([blocks_of(network) for network in model.networks]).double()
     ran = torch.ones(len(blocks), len(blocks)).tril()
     flops = bdf.flops(model, ran, image_size=size)
     return Stops(torch.stack(logits), labels, blocks.cumsum(0), flops)

@@ -58,7 +58,8 @@ class Cascade(Rules):
 
     out: Path = Path("runs/cascade")
     networks: tuple[Path, ...] = ()
-    """Two or more backbone checkpoints, of pretrain --held-out, from small to large (required)."""
+    """Two or more checkpoints, from small to large (required): backbones, of pretrain --held-out,
+    or sets of blocks, of joint --static."""
 
 
 @dataclass(frozen=True)
