@@ -83,7 +83,9 @@ def test_sets_of_blocks_before_a_network(tmp_path):
     output = engine(images)
     check(engine, output, images)
     assert len(output.decisions.unique(dim=0)) == 3
-    alone = [bdf.flops(one, few[None], image_size=(8, 12)) for one, few in zip(small, keep)]
+    alone = [
+        bdf.flops(one, few[None], image_size=(8, 12)) for one, few in zip(small, keep, strict=True)
+    ]
     alone.append(bdf.flops(backbones[2], image_size=(8, 12)))
     expected = output.decisions.double() @ torch.cat(alone)
     torch.testing.assert_close(bdf.flops(cascade, output.decisions, image_size=(8, 12)), expected)
