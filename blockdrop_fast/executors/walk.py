@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.packed_walk import PackedWalk
-from blockdrop_fast.networks.folding import FoldedNetwork
+from blockdrop_fast.networks.folded_gates import (
+    FoldedGates,
+    FoldedHalting,
+    FoldedLinear,
+    FoldedSequential,
+)
 from blockdrop_fast.ops.walk import pack_classifier, pack_conv, walk, walk_policy
+from blockdrop_fast.ops.walk_gates import (
+    pack_gates,
+    walk_halting,
+    walk_sequential,
+    walk_weighted,
+)
 
 
 class WalkExecutor(PackedWalk):
@@ -21,17 +33,29 @@ class WalkExecutor(PackedWalk):
     _pack_conv = staticmethod(pack_conv)
     _pack_classifier = staticmethod(pack_classifier)
 
-    def __init__(self, network: FoldedNetwork):
-        super().__init__(network)
-        self._block_major = GatherExecutor(network)
-
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         return walk(images, decisions, *self._network)
 
     run_sets = run
 
     def run_weighted(self, images: Tensor, decisions: Tensor, weights: Tensor) -> Tensor:
-        return self._block_major.run_weighted(images, decisions, weights)
+        return walk_weighted(images, decisions, weights.float(), *self._network)
+
+    def set_gates(self, gates: FoldedGates) -> bool:
+        if isinstance(gates, FoldedSequential):
+            packed = _pack_gates(gates.gates)
+            self._run_gated = lambda images: walk_sequential(images, *self._network, packed)
+        elif isinstance(gates, FoldedHalting):
+            packed, outputs = _pack_gates(gates.heads), 2 if gates.hard else 3
+            self._run_gated = lambda images: walk_halting(
+                images, *self._network, packed, gates.epsilon, gates.hard
+            )[:outputs]
+        else:
+            return False
+        return True
+
+    def run_gates(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self._run_gated(images)
 
     def _run_policy(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return walk_policy(images, *self._network, *self._policy)[:2]
@@ -42,3 +66,10 @@ class WalkExecutor(PackedWalk):
             raise TypeError(f"network: the walk supports torch.float32 only, got {weight.dtype}")
         if weight.device.type != "cpu":
             raise ValueError(f"network: this walk runs on the CPU only, got {weight.device}")
+
+
+def _pack_gates(gates: Sequence[FoldedLinear | None]) -> Tensor:
+    """K gates of one output, None where there is none -> (K, 65)."""
+    none = FoldedLinear(torch.zeros(1, 1), torch.zeros(1))
+    gates = [none if gate is None else gate for gate in gates]
+    return pack_gates([gate.weight[0] for gate in gates], [gate.bias[0] for gate in gates])
