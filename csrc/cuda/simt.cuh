@@ -16,10 +16,14 @@ namespace blockdrop::simt {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasStmatrix = false;
+#else
+constexpr bool kHasStmatrix = true;
+#endif
+// For later GPUs nvcc 13.0 spills 3.6 KB of the cluster's kernel, and not all of them have room.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr bool kHasClusters = false;
 #define BLOCKDROP_CLUSTER(blocks)
 #else
-constexpr bool kHasStmatrix = true;
 constexpr bool kHasClusters = true;
 #define BLOCKDROP_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
 #endif

@@ -103,15 +103,15 @@ Capacity ask_capacity(int device) {
               " bytes of shared memory, more than this GPU has");
   capacity.num_blocks = static_cast<int64_t>(resident) * multiprocessors;
 
-  // Compiled for sm_80, and now for this device by its driver, the cluster's kernel is empty.
+  // Compiled for sm_90, and not by a driver for another GPU; for all others the kernel is empty.
   cudaFuncAttributes compiled{};
   C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, capacity.clusters));
-  if (clusters_wanted() && compiled.ptxVersion >= 90) {
+  if (clusters_wanted() && compiled.ptxVersion == 90 && compiled.binaryVersion == 90) {
     cudaLaunchConfig_t launch{};
     launch.gridDim = dim3(cluster::kBlocks);
     launch.blockDim = dim3(kThreads);
     launch.dynamicSmemBytes = cluster::kSharedBytes;
-    // An error says that there are none: not all GPUs after sm_90 have as much shared memory.
+    // An error means that there are none, say where MIG leaves too few multiprocessors.
     C10_CUDA_IGNORE_ERROR(cudaOccupancyMaxActiveClusters(&clusters, capacity.clusters, &launch));
     capacity.num_clusters = clusters;
   }
