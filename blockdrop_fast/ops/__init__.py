@@ -30,6 +30,12 @@ from blockdrop_fast.ops.walk_half import (
     walk_half_policy_reference,
     walk_half_reference,
 )
+from blockdrop_fast.ops.walk_imagenet import (
+    walk_imagenet,
+    walk_imagenet_policy,
+    walk_imagenet_policy_reference,
+    walk_imagenet_reference,
+)
 
 __all__ = [
     "gathered_conv_",
@@ -44,6 +50,10 @@ __all__ = [
     "walk_half_reference",
     "walk_halting",
     "walk_halting_reference",
+    "walk_imagenet",
+    "walk_imagenet_policy",
+    "walk_imagenet_policy_reference",
+    "walk_imagenet_reference",
     "walk_isa",
     "walk_policy",
     "walk_policy_reference",

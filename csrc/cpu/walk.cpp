@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "cpu/walk_arguments.h"
-#include "cpu/walk_isa.h"
 #include "cpu/walk_paths.h"
 #include "cpu/walk_program.h"
 #include "walk_network.h"
@@ -104,7 +103,7 @@ at::Tensor run_network(const Network& network, const Images& images, const at::T
 at::Tensor walk(const at::Tensor& images, const at::Tensor& decisions, const at::Tensor& weights,
                 at::IntArrayRef layers, int64_t num_classes, bool subsample) {
   const Network network = read_network("weights", weights, layers, num_classes, subsample);
-  const Images batch = read_images(images);
+  const Images batch = read_images(images, kSizeMultiple);
   check_decisions(decisions, batch.batch, network.num_blocks);
   const at::Tensor contiguous = decisions.contiguous();
   if (decisions.dim() == 3) return run_network(network, batch, contiguous);
@@ -120,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_policy(const at::Tensor& ima
   const Network network = read_network("weights", weights, layers, num_classes, subsample);
   const Network policy =
       read_network("policy_weights", policy_weights, policy_layers, network.num_blocks, false);
-  const Images batch = read_images(images);
+  const Images batch = read_images(images, kSizeMultiple);
   at::Tensor all_blocks = at::empty({1, batch.batch, policy.num_blocks}, at::kBool);
   all_blocks.fill_(true);
   const at::Tensor policy_logits = run_network(policy, batch, all_blocks).squeeze(0);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
 
 #include "cpu/walk.h"
 #include "walk_network.h"
@@ -50,14 +51,15 @@ Network read_network(const char* name, const at::Tensor& weights, at::IntArrayRe
   return network;
 }
 
-Images read_images(const at::Tensor& images) {
+Images read_images(const at::Tensor& images, int64_t multiple) {
   TORCH_CHECK_TYPE(images.scalar_type() == at::kFloat, "images: expected dtype torch.float32, got ",
                    images.scalar_type());
   check_images(images);
   const int64_t height = images.size(2), width = images.size(3);
-  TORCH_CHECK_VALUE(height > 0 && width > 0 && height % 4 == 0 && width % 4 == 0,
-                    "images: height and width must be positive multiples of 4, got ", height, "x",
-                    width);
+  TORCH_CHECK_VALUE(height > 0 && width > 0 && height % multiple == 0 && width % multiple == 0,
+                    "images: height and width must be positive",
+                    multiple > 1 ? " multiples of " + std::to_string(multiple) : "", ", got ",
+                    height, "x", width);
   TORCH_CHECK_VALUE(
       (height + 2) * (width + 2) * kWidths[kSegments - 1] <= std::numeric_limits<int>::max(),
       "images: too large for this kernel, got ", height, "x", width);

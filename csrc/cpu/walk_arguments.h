@@ -13,6 +13,7 @@ constexpr int kSegments = 3;
 constexpr int kImageChannels = 3;
 constexpr int kWidths[kSegments] = {16, 32, 64};
 constexpr int kClassMultiple = 16;
+constexpr int kSizeMultiple = 4;
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -46,7 +47,7 @@ struct Images {
   int64_t image_stride, channel_stride, row_stride, column_stride;
 };
 
-// Raises TypeError or ValueError.
-Images read_images(const at::Tensor& images);
+// Raises TypeError or ValueError, also where height and width are not multiples of `multiple`.
+Images read_images(const at::Tensor& images, int64_t multiple);
 
 }  // namespace blockdrop::walk

@@ -15,7 +15,6 @@
 #include "cpu/walk_arguments.h"
 #include "cpu/walk_gate_kinds.h"
 #include "cpu/walk_gated.h"
-#include "cpu/walk_isa.h"
 #include "cpu/walk_paths.h"
 #include "cpu/walk_program.h"
 #include "walk_network.h"
@@ -88,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor> walk_sequential(const at::Tensor& images,
                                                    at::IntArrayRef layers, int64_t num_classes,
                                                    bool subsample, const at::Tensor& gates) {
   const Network network = read_network("weights", weights, layers, num_classes, subsample);
-  const Images batch = read_images(images);
+  const Images batch = read_images(images, kSizeMultiple);
   const at::Tensor matrix = read_matrix("gates", gates, network.num_blocks, kGateValues);
   const float* values = matrix.const_data_ptr<float>();
   Outputs outputs(network, batch);
@@ -106,7 +105,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_halting(
     const at::Tensor& images, const at::Tensor& weights, at::IntArrayRef layers,
     int64_t num_classes, bool subsample, const at::Tensor& gates, double epsilon, bool hard) {
   const Network network = read_network("weights", weights, layers, num_classes, subsample);
-  const Images batch = read_images(images);
+  const Images batch = read_images(images, kSizeMultiple);
   const at::Tensor matrix = read_matrix("gates", gates, network.num_blocks, kGateValues);
   TORCH_CHECK_VALUE(epsilon > 0 && epsilon < 1, "epsilon: expected between 0 and 1, got ", epsilon);
   const float* values = matrix.const_data_ptr<float>();
@@ -137,7 +136,7 @@ at::Tensor walk_weighted(const at::Tensor& images, const at::Tensor& decisions,
                          const at::Tensor& shares, const at::Tensor& weights,
                          at::IntArrayRef layers, int64_t num_classes, bool subsample) {
   const Network network = read_network("weights", weights, layers, num_classes, subsample);
-  const Images batch = read_images(images);
+  const Images batch = read_images(images, kSizeMultiple);
   const Outputs outputs(network, batch, read_decisions(decisions, batch, network));
   const at::Tensor own = read_matrix("shares", shares, batch.batch, network.num_blocks);
   const float* all_shares = own.const_data_ptr<float>();

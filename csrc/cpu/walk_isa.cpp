@@ -1,63 +1,66 @@
-// Chooses the kernels of the CPU walk at run time; `walk_isa` says which.
+// Chooses the instruction set of the CPU walks at run time; `walk_isa` says which.
 
 #include "cpu/walk_isa.h"
 
+#include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cstdlib>
 #include <string>
 
 namespace blockdrop::walk {
 namespace {
 
-const Kernels* avx512_if_supported() {
+bool avx512_is_supported() {
 #ifdef BLOCKDROP_HAVE_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
-    return avx512_kernels();
-  }
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#else
+  return false;
 #endif
-  return nullptr;
 }
 
-const Kernels* avx2_if_supported() {
+bool avx2_is_supported() {
 #ifdef BLOCKDROP_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2")) {
-    return avx2_kernels();
-  }
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2");
+#else
+  return false;
 #endif
-  return nullptr;
+}
+
+std::string name_of(Isa isa) {
+  constexpr std::array<const char*, 3> kNames = {"portable", "avx2", "avx512"};
+  return kNames[static_cast<int>(isa)];
+}
+
+bool is_supported(Isa isa) {
+  if (isa == Isa::kAvx512) return avx512_is_supported();
+  return isa != Isa::kAvx2 || avx2_is_supported();
 }
 
 }  // namespace
 
-const Kernels& choose_kernels() {
+Isa choose_isa() {
+  constexpr std::array<Isa, 3> kBestFirst = {Isa::kAvx512, Isa::kAvx2, Isa::kPortable};
   const char* variable = std::getenv("BLOCKDROP_CPU_ISA");
   const std::string name = variable ? variable : "";
-  const Kernels* kernels = nullptr;
-  if (name.empty()) {
-    kernels = avx512_if_supported();
-    if (!kernels) kernels = avx2_if_supported();
-    if (!kernels) kernels = portable_kernels();
-  } else if (name == "avx512") {
-    kernels = avx512_if_supported();
-  } else if (name == "avx2") {
-    kernels = avx2_if_supported();
-  } else if (name == "portable") {
-    kernels = portable_kernels();
-  } else {
-    TORCH_CHECK_VALUE(false, "BLOCKDROP_CPU_ISA: expected avx512, avx2 or portable, got '", name,
-                      "'");
+  for (const Isa isa : kBestFirst) {
+    if (name.empty() ? !is_supported(isa) : name != name_of(isa)) continue;
+    TORCH_CHECK(is_supported(isa),
+                "BLOCKDROP_CPU_ISA: this processor or this build does not support ", name);
+    return isa;
   }
-  TORCH_CHECK(kernels, "BLOCKDROP_CPU_ISA: this processor or this build does not support ", name);
-  return *kernels;
+  TORCH_CHECK_VALUE(false, "BLOCKDROP_CPU_ISA: expected avx512, avx2 or portable, got '", name,
+                    "'");
 }
 
 }  // namespace blockdrop::walk
 
 // Defined here and not in Python, because there is nothing to tell without these kernels.
 TORCH_LIBRARY_FRAGMENT(blockdrop_fast, m) {
-  m.def("walk_isa() -> str", [] { return std::string(blockdrop::walk::choose_kernels().name); });
+  m.def("walk_isa() -> str",
+        [] { return blockdrop::walk::name_of(blockdrop::walk::choose_isa()); });
 }

@@ -1,12 +1,12 @@
-// Which instruction set the CPU walk runs with.
+// Which instruction set the CPU walks run with.
 
 #pragma once
 
-#include "cpu/walk.h"
-
 namespace blockdrop::walk {
 
-// The best instruction set of this processor, or the one that BLOCKDROP_CPU_ISA names.
-const Kernels& choose_kernels();
+enum class Isa { kPortable, kAvx2, kAvx512 };
+
+// The best of this processor and this build, or the one that BLOCKDROP_CPU_ISA names.
+Isa choose_isa();
 
 }  // namespace blockdrop::walk

@@ -6,49 +6,35 @@
 
 #pragma once
 
+#include "cpu/vectors.h"
 #include "cpu/walk.h"
+#include "cpu/winograd.h"
 
 namespace blockdrop::walk {
 namespace {
 
-// Floats in a vector register, and vectors of output channels and pixels whose sums are kept in
-// registers at once. A multiply-add reads one input value for kVectors of them, a load of weights
-// serves kPixels; the sums have to cover the latency of the multiply-adds (4 cycles, 2 a cycle)
-// and to leave registers for kVectors weights and an input value.
+// Vectors of output channels and pixels whose sums are kept in registers at once. A multiply-add
+// reads one input value for kVectors of them, a load of weights serves kPixels; the sums have to
+// cover the latency of the multiply-adds (4 cycles, 2 a cycle) and to leave registers for kVectors
+// weights and an input value.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
 constexpr int kMaxVectors = 2;  // of 32 registers 16 are sums
 constexpr int kSums = 16;
 #elif defined(__AVX__)
-constexpr int kLanes = 8;
 constexpr int kMaxVectors = 2;  // of 16 registers 8 are sums
 constexpr int kSums = 8;
 #elif defined(__aarch64__)
-constexpr int kLanes = 4;
 constexpr int kMaxVectors = 4;  // of 32 registers 16 are sums
 constexpr int kSums = 16;
 #else
-constexpr int kLanes = 4;
 constexpr int kMaxVectors = 2;  // of 16 registers (SSE) 8 are sums
 constexpr int kSums = 8;
 #endif
-
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-// The same in memory, at any address of a float.
-typedef float VecInMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const VecInMemory*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<VecInMemory*>(p) = v; }
 
 // Vectors of output channels that are summed up at once.
 constexpr int vectors_at_once(int channels) {
   const int vectors = panel_channels(channels) / kLanes;
   return vectors < kMaxVectors ? vectors : kMaxVectors;
-}
-
-inline Vec relu(Vec v) {
-  const Vec zero = {};
-  return zero > v ? zero : v;  // in this order NaN stays NaN
 }
 
 // ---------------------------------------------------------------- direct convolution
@@ -134,41 +120,6 @@ void convolve(const Conv& conv, const Part& part) {
 }
 
 // ---------------------------------------------------------------- Winograd F(2x2, 3x3)
-//
-// With the transforms of A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural
-// Networks" (2016), section 4.1: Y = A^T [(G g G^T) * (B^T d B)] A. The larger F(4x4, 3x3) would
-// multiply less still, but its rounding errors are beyond the project's tolerance.
-
-// B^T d B of one tile.
-template <int kChannels>
-inline void transform_input(const float* x,  // [4.., x_row] at the tile's first pixel
-                            int x_row,
-                            float* out) {  // [kTileProducts, product_stride]
-  constexpr int kStride = product_stride(kChannels);
-  for (int c = 0; c < kChannels; c += kLanes) {
-    Vec rows[4][4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const float* column = x + j * kChannels + c;
-      const Vec x0 = load(column);
-      const Vec x1 = load(column + x_row);
-      const Vec x2 = load(column + 2 * x_row);
-      const Vec x3 = load(column + 3 * x_row);
-      rows[0][j] = x0 - x2;
-      rows[1][j] = x1 + x2;
-      rows[2][j] = x2 - x1;
-      rows[3][j] = x1 - x3;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      float* row = out + 4 * i * kStride + c;
-      store(row, rows[i][0] - rows[i][2]);
-      store(row + kStride, rows[i][1] + rows[i][2]);
-      store(row + 2 * kStride, rows[i][2] - rows[i][1]);
-      store(row + 3 * kStride, rows[i][1] - rows[i][3]);
-    }
-  }
-}
 
 // One of the 16 products for tiles [tile, num_tiles) and kVectors vectors of output channels; what
 // is left after groups of kPixels goes in smaller groups.
@@ -217,39 +168,6 @@ inline void multiply(const float* x,        // [num_tiles, kChannels]
   }
 }
 
-// A^T m A of one tile and one vector of channels, then what follows every convolution.
-template <int kChannels>
-inline void transform_output(const float* products,  // [kTileProducts, product_stride]
-                             Vec bias,
-                             const float* residual,  // like y, or null
-                             float* y,               // [2, y_row]
-                             int y_row) {
-  constexpr int kStride = product_stride(kChannels);
-  Vec rows[2][4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const float* column = products + j * kStride;
-    const Vec m0 = load(column);
-    const Vec m1 = load(column + 4 * kStride);
-    const Vec m2 = load(column + 8 * kStride);
-    const Vec m3 = load(column + 12 * kStride);
-    rows[0][j] = m0 + (m1 + m2);
-    rows[1][j] = (m1 - m2) - m3;
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const Vec* row = rows[i];
-    Vec left = row[0] + (row[1] + row[2]) + bias;
-    Vec right = (row[1] - row[2]) - row[3] + bias;
-    if (residual) {
-      left += load(residual + i * y_row);
-      right += load(residual + i * y_row + kChannels);
-    }
-    store(y + i * y_row, relu(left));
-    store(y + i * y_row + kChannels, relu(right));
-  }
-}
-
 // A layer with even height and width.
 template <int kChannels>
 void convolve_winograd(const Conv& conv, const Part& part) {
@@ -268,7 +186,8 @@ void convolve_winograd(const Conv& conv, const Part& part) {
     for (int t = 0; t < num_tiles; ++t) {
       const int y = (begin + t) / tiles_in_row * 2;
       const int x = (begin + t) % tiles_in_row * 2;
-      transform_input<kChannels>(conv.input + y * row + x * kChannels, row, inputs + t * kChannels);
+      transform_input<kChannels>(conv.input + y * row + x * kChannels, row, inputs + t * kChannels,
+                                 kStride);
     }
     for (int panel = part.panel_begin; panel < part.panel_end; ++panel) {
       for (int i = 0; i < kTileProducts; ++i) {
@@ -285,7 +204,7 @@ void convolve_winograd(const Conv& conv, const Part& part) {
       const int x = (begin + t) % tiles_in_row * 2;
       const int at = (y + 1) * row + (x + 1) * kChannels;
       for (int c = part.panel_begin * kPanel; c < part.panel_end * kPanel; c += kLanes) {
-        transform_output<kChannels>(products + t * kChannels + c, load(conv.weights + c),
+        transform_output<kChannels>(products + t * kChannels + c, kStride, load(conv.weights + c),
                                     conv.residual ? conv.residual + at + c : nullptr,
                                     conv.output + at + c, row);
       }

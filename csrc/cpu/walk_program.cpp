@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpu/walk_isa.h"
+
 namespace blockdrop::walk {
 namespace {
 
@@ -36,6 +38,21 @@ Part all_panels(Part part, int channels) {
 }
 
 }  // namespace
+
+const Kernels& choose_kernels() {
+  switch (choose_isa()) {
+#ifdef BLOCKDROP_HAVE_AVX512
+    case Isa::kAvx512:
+      return *avx512_kernels();
+#endif
+#ifdef BLOCKDROP_HAVE_AVX2
+    case Isa::kAvx2:
+      return *avx2_kernels();
+#endif
+    default:
+      return *portable_kernels();
+  }
+}
 
 // All scratch memory of the call comes from one tensor, so that torch's filling of uninitialised
 // memory (torch.utils.deterministic) reaches it.

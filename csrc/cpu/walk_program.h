@@ -15,6 +15,9 @@
 
 namespace blockdrop::walk {
 
+// Those of the instruction set that the walks run with, see walk_isa.h.
+const Kernels& choose_kernels();
+
 // What holds one image on its way.
 struct Buffers {
   float* padded_image;        // [H + 2, W + 2, 3]

@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockdrop_fast._extension import extension_status
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.networks.policy import policy_resnet8
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet50, resnet_cifar
 from blockdrop_fast.ops.walk import (
     walk,
-    walk_isa,
     walk_policy,
     walk_policy_reference,
     walk_reference,
 )
+from tests.ops.walk_checks import assert_within_tolerance, compiled
 from tests.random_networks import NEAR_ZERO, make_policy, make_policy_of_logits, random_decisions
 from tests.random_networks import make_cifar_network as make_network
-
-ISAS = ("avx512", "avx2", "portable")
-compiled = pytest.mark.skipif(
-    not extension_status().loaded, reason=f"no compiled kernels: {extension_status().reason}"
-)
-
-
-@pytest.fixture(autouse=True)
-def _restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    """Each instruction set that runs here; elsewhere the test is skipped with the reason."""
-    if not extension_status().loaded:
-        pytest.skip(f"no compiled kernels: {extension_status().reason}")
-    monkeypatch.setenv("BLOCKDROP_CPU_ISA", request.param)
-    try:
-        assert walk_isa() == request.param
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return request.param
 
 
 def make_executor(network, policy=None) -> WalkExecutor:
@@ -60,17 +32,6 @@ def make_executor(network, policy=None) -> WalkExecutor:
 def run_policy(executor, images):
     """What the executor runs, with the policy logits."""
     return walk_policy(images, *executor._network, *executor._policy)
-
-
-def assert_within_tolerance(logits, network, images, decisions):
-    """max|y - y64| <= 2 max|y_pt - y64| + 4 eps max|y64|, y_pt eager with unfolded batch norm."""
-    exact = copy.deepcopy(network).double()
-    with torch.no_grad():
-        y64 = exact(images.double(), decisions)
-        y_pt = network(images.contiguous(), decisions)
-    error = (logits - y64).abs().max()
-    limit = 2 * (y_pt - y64).abs().max() + 4 * torch.finfo(torch.float32).eps * y64.abs().max()
-    assert error <= limit, f"error {error:.3g}, limit {limit:.3g}"
 
 
 @pytest.mark.slow

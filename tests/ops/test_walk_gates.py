@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from blockdrop_fast._extension import extension_status
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.networks.folding import fold_network
-from blockdrop_fast.ops.walk import unpack, walk, walk_isa
+from blockdrop_fast.ops.walk import unpack, walk
 from blockdrop_fast.ops.walk_gates import (
     pack_gates,
     walk_halting,
@@ -25,37 +24,14 @@ from blockdrop_fast.ops.walk_gates import (
     walk_weighted_reference,
 )
 from blockdrop_fast.ops.walk_network import ReferenceNetwork
+from tests.ops.walk_checks import compiled
 from tests.random_networks import make_cifar_network, make_gated_model, random_decisions
 
-ISAS = ("avx512", "avx2", "portable")
 WIDTHS = (16, 32, 64)
 EPSILON = 0.01
 # What rounding cannot do to what a gate computes from features of order one: closer to its
 # threshold an image may go either way.
 CLEAR = 1e-3
-compiled = pytest.mark.skipif(
-    not extension_status().loaded, reason=f"no compiled kernels: {extension_status().reason}"
-)
-
-
-@pytest.fixture(autouse=True)
-def _restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    """Each instruction set that runs here; elsewhere the test is skipped with the reason."""
-    if not extension_status().loaded:
-        pytest.skip(f"no compiled kernels: {extension_status().reason}")
-    monkeypatch.setenv("BLOCKDROP_CPU_ISA", request.param)
-    try:
-        assert walk_isa() == request.param
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    return request.param
 
 
 class Case:
