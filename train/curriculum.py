@@ -9,15 +9,18 @@ backbone has 88.68 %.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import blockdrop_fast as bdf
+from blockdrop_fast.data.image_sets import Dataset
 from blockdrop_fast.networks.checkpoints import init_policy_from_resnet18, load_policy
 from train.config import Curriculum
 from train.loop import (
+    MODEL_FILE,
     Means,
     PolicyStatistics,
     Run,
@@ -49,26 +52,62 @@ def curriculum(config: Curriculum) -> None:
     """
     device, dataset = prepare(config)
     model = make_model(config).to(device, memory_format=torch.channels_last)
-    num_blocks, samples = model.backbone.num_blocks, samples_in(config)
     optimizer = torch.optim.Adam(
         model.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    price = UsagePrice(config, num_blocks)
+    price = UsagePrice(config, model.backbone.num_blocks)
     run = Run(config, model, [optimizer], [price])
     # Its backbone is frozen: only evaluation needs the policy's new weights.
     engine = bdf.compile(model, dtype=engine_dtype(config, device))
+
+    def decide_at(forced: int) -> Callable[[Tensor], Tensor]:
+        def decide(images: Tensor) -> Tensor:
+            decisions = bdf.decide(engine.probabilities(images))
+            decisions[:, :forced] = True
+            return decisions
+
+        return decide
+
+    train_policy(run, engine, dataset, price, partial(train_step, engine), decide_at)
+
+
+def train_policy(
+    run: Run,
+    engine: bdf.Engine,
+    dataset: Dataset,
+    price: UsagePrice,
+    take_step: Callable[..., Step],
+    decide_at: Callable[[int], Callable[[Tensor], Tensor] | None],
+    *,
+    joint: bool = False,
+) -> None:
+    """The epochs of a run that trains a policy by rewards, whatever kind of policy.
+
+    Args:
+        run: of a stage with the options of ``Curriculum``; its optimizers, and schedulers but for
+            the price, make a step a batch.
+        engine: compiled from the run's model, to evaluate with.
+        take_step: (images, labels, config, forced, generator, price) -> ``Step``.
+        decide_at: forced blocks -> how to decide in evaluations; None: as the engine does.
+        joint: the backbone trains, too, and no blocks are forced.
+    """
+    config, model, samples = run.config, run.model, samples_in(run.config)
+    schedulers = [each for each in run.schedulers if each is not price]
     static = None
     for epoch in run.epochs():
-        forced = forced_blocks(num_blocks, epoch, config.blocks_per_epoch)
+        forced = forced_blocks(model.backbone.num_blocks, epoch, config.blocks_per_epoch)
+        forced = 0 if joint else forced
         means, statistics = Means(), PolicyStatistics()
-        generator = sampling_generator(config.seed, epoch, device)
-        model.policy.train()
+        generator = sampling_generator(config.seed, epoch, engine.device)
+        (model if joint else model.policy).train()
         for images, labels in run.batches(dataset.train, epoch, config.batch_size):
-            step = train_step(engine, images, labels, config, forced, generator, price)
+            step = take_step(images, labels, config, forced, generator, price)
             run.check_finite(step.loss, epoch=epoch, reward=step.rewards.mean().item())
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in run.optimizers:
+                optimizer.zero_grad(set_to_none=True)
             step.loss.backward()
-            optimizer.step()
+            for each in (*run.optimizers, *schedulers):
+                each.step()
             means.add_policy(step.decisions, step.correct, step.rewards, samples)
             statistics.add(step.decisions[samples])
             if run.step % 20 == 0:
@@ -79,20 +118,18 @@ def curriculum(config: Curriculum) -> None:
             metrics |= {"usage_price": float(price.value)}
         if run.due(epoch, config.evaluate_every):
             engine.refresh()
-
-            def decide(images: Tensor, forced: int = forced) -> Tensor:
-                decisions = bdf.decide(engine.probabilities(images))
-                decisions[:, :forced] = True
-                return decisions
-
-            if static is None:
+            if static is None and (not joint or epoch == config.epochs):
+                checkpoint = config.out / MODEL_FILE if joint else config.backbone
                 static = static_accuracies_of(
-                    config.backbone, engine, dataset, config.static_images, config.workers
+                    checkpoint, engine, dataset, config.static_images, config.workers
                 )
+            decide = decide_at(forced)
             evaluation = evaluate_test(
                 engine, dataset, config.workers, decide, config.routing_images, static
             )
             metrics |= evaluation_metrics(evaluation, config.penalty)
+            if decide is None:  # else the policy is not counted
+                metrics["test_flops"] = evaluation.flops
         run.finish_epoch(epoch, metrics)
 
 

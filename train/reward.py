@@ -216,7 +216,7 @@ def policy_gradient_loss(
     """Minus the expected gradient's integrand (equation 6), mean over samples, sum over images.
 
     Args:
-        probabilities: (B, K), s', with gradient.
+        probabilities: (B, K), or (S, B, K) where each sample has its own, s', with gradient.
         decisions: (S, B, K) bool, drawn from s'.
         advantage: (S, B).
         forced: log-probabilities of the first ``forced`` blocks, which were not drawn, are
@@ -234,8 +234,8 @@ def entropy_bonus(probabilities: Tensor, exploring: Tensor, form: str, forced: i
     """What rewards an undecided policy, summed over images and blocks.
 
     Args:
-        probabilities: (B, K), s, with gradient.
-        exploring: (B, K), s', with gradient.
+        probabilities: (…, B, K), s, with gradient.
+        exploring: (…, B, K), s', with gradient.
         form: "authors": -s' log s' over all blocks, also forced ones (the authors' code).
             "bernoulli": the entropy -s log s - (1 - s) log(1 - s) over free blocks; of s, as a
             bounded s' is undecided whatever s is.
@@ -249,7 +249,7 @@ def entropy_bonus(probabilities: Tensor, exploring: Tensor, form: str, forced: i
     if form == "bernoulli":
         # 0 log 0 = 0, and its gradient is not NaN either.
         tiny = torch.finfo(probabilities.dtype).eps
-        keep = probabilities[:, forced:].clamp(tiny, 1 - tiny)
+        keep = probabilities[..., forced:].clamp(tiny, 1 - tiny)
         return -(keep * keep.log() + (1 - keep) * (1 - keep).log()).sum()
     raise ValueError(f"entropy_form: expected 'authors' or 'bernoulli', got {form!r}")
 
@@ -345,8 +345,9 @@ def policy_loss(
     """The policy network's loss, summed over images: policy gradient and entropy bonus.
 
     Args:
-        probabilities: (B, K), s, with gradient.
-        exploring: (B, K), s', with gradient, of ``explore``.
+        probabilities: (B, K), s, with gradient; (S, B, K) of a policy that decides on the way, each
+            of whose samples has its own.
+        exploring: of the same shape, s', with gradient.
         decisions: (N, B, K), of ``explore``.
         rewards: (N, B), theirs.
         forced: so many first blocks are on.
@@ -365,7 +366,7 @@ def policy_loss(
         loss = policy_gradient_loss(exploring, decisions[samples], advantage, forced)
     if config.entropy:
         bonus = entropy_bonus(probabilities, exploring, config.entropy_form, forced)
-        loss = loss - config.entropy * bonus
+        loss = loss - config.entropy * bonus / probabilities[..., 0, 0].numel()
     return loss
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockdrop_fast.networks.gated import GatedPolicy, Output, block_runner, pooled
@@ -42,25 +43,40 @@ class SequentialPolicy(GatedPolicy):
         images: Tensor,
         choose: Callable[[int, Tensor], Tensor],
         *,
+        forced: int = 0,
+        copies: int = 1,
         active_only: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One differentiable run at decisions that are chosen on the way.
 
         Args:
             backbone, images: as of ``run``.
-            choose: (k, the (B,) logits of keeping block k, counted from 0) -> (B,) bool.
+            choose: (k, the (N,) logits of keeping block k, counted from 0) -> (N,) bool.
+            forced: so many first blocks are kept, whatever the gates say.
+            copies: each image goes on so many times behind those, which run once.
             active_only: see ``ResNet.forward``.
 
         Returns:
-            (B, num_classes) logits, (B, K) bool decisions, (B, K) logits of the gates. Gradients
-            reach the backbone through the last of these, too.
+            (N, num_classes) logits, (N, K) bool decisions, (N, K) logits of the gates; N is B times
+            ``copies``, all images of one copy in a row. Gradients reach the backbone through the
+            last of these, too.
         """
         run = block_runner(active_only)
         x, decisions, gate_logits = backbone.stem(images), [], []
         for k, (block, shortcut) in enumerate(backbone.blocks()):
+            if k == forced:
+                x = torch.cat([x] * copies)
             logit = self.gates[k](pooled(x)).squeeze(1)
-            keep = choose(k, logit)
-            x = run(block, shortcut, x, keep)
+            if k < forced:
+                x = F.relu(shortcut(x) + block(x))
+                logit = logit.repeat(copies)
+                keep = torch.ones_like(logit, dtype=torch.bool)
+            else:
+                keep = choose(k, logit)
+                x = run(block, shortcut, x, keep)
             decisions.append(keep)
             gate_logits.append(logit)
-        return backbone.classifier(x), torch.stack(decisions, 1), torch.stack(gate_logits, 1)
+        logits = backbone.classifier(x)
+        if forced == self.num_blocks:
+            logits = logits.repeat(copies, 1)
+        return logits, torch.stack(decisions, 1), torch.stack(gate_logits, 1)

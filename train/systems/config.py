@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from train.config import Common
+from train.config import Common, Policy
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,74 @@ class Pfec(Retraining):
     """As it is, or peak, of SGD with Nesterov momentum."""
 
 
+@dataclass(frozen=True)
+class Halting(Retraining):
+    """ACT and ACT-hard: train a backbone and the scores by which images leave its segments."""
+
+    out: Path = Path("runs/halting")
+    backbone: Path | None = None
+    """Backbone checkpoint to start from; it or --model is required."""
+    model: Path | None = None
+    """Checkpoint of this stage to go on with, say of ACT with --hard."""
+    hard: bool = False
+    """A segment gives the output of its last block that ran (ACT-hard), not the weighted mean
+    (ACT). Gradients are still those of the mean."""
+    tau: float = 0.01
+    """Weight of the ponder cost: the higher, the earlier images halt."""
+    free_epochs: int = 1
+    """Epochs at the start in which running costs nothing and scores stay, so that the backbone gets
+    used to them."""
+    bias: float = -5.0
+    """With --backbone: of new scores' logits. The authors, who start from scratch, have -3; then
+    the last of 5 blocks begins with a weight of 0.81, of 18 with 0.19. At -5: 0.97 and 0.89."""
+    epsilon: float = 0.01
+    """With --backbone: an image halts where its scores add up to 1 - epsilon."""
+    policy_lr: float = 0.02
+    """Peak of the scores' one-cycle schedule (Adam: their gradients are tiny at first)."""
+
+
+@dataclass(frozen=True)
+class Sequential(Policy):
+    """BlockDrop-seq: train gates on the way by the curriculum, then, with --joint, the backbone."""
+
+    out: Path = Path("runs/sequential")
+    backbone: Path | None = None
+    """Backbone checkpoint, which stays as it is (required without --joint)."""
+    joint: bool = False
+    """Train the backbone, too: all blocks free, cross entropy of the sampled runs beside the policy
+    gradient, whose gradients reach the backbone through what gates see; one-cycle schedule."""
+    model: Path | None = None
+    """With --joint: checkpoint of this stage to start from (required)."""
+    epochs: int = 5000
+    batch_size: int = 2048
+    lr: float = 1e-4
+    """Adam."""
+    weight_decay: float = 0.0
+    penalty: float = 1.0
+    """gamma: a wrong prediction's reward is -gamma."""
+    entropy: float = 0.1
+    """beta, the weight of the bonus of --entropy-form; 0: none."""
+    blocks_per_epoch: float = 1.0
+    """Blocks freed each epoch, last ones first."""
+
+
 SYSTEMS: dict[str, type[Common]] = {
-    "pfec": Pfec,
+    "sequential": Sequential,
+    "halting": Halting,
     "exits": Exits,
     "cascade": Cascade,
+    "pfec": Pfec,
 }
 
 _PAPER = {stage: config() for stage, config in SYSTEMS.items()}
-# What two CPU cores finish for ResNet-32 within half an hour.
+# What two CPU cores finish for ResNet-32 in an evening.
 _QUICK = _PAPER | {
     "exits": Exits(epochs=4, lr=0.05),
     "pfec": Pfec(epochs=5, batch_size=128, schedule="one_cycle", lr=0.02),
+    "halting": Halting(epochs=6, lr=0.05),
+    "sequential": Sequential(
+        epochs=24, batch_size=256, lr=5e-3, samples=3, estimator="leave_one_out"
+    ),
 }
 
 PRESETS = {"paper": _PAPER, "quick": _QUICK, "R101": _PAPER}

@@ -27,10 +27,10 @@ from blockdrop_fast.networks.exits import (
 )
 
 ALWAYS = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
-# Of the later stops' shares to the earlier ones' (MSDNet), and the work of so many complete runs
-# that a right answer is worth.
-RATIOS = tuple(step / 20 for step in range(1, 40))
-PRICES = (0.0, *(2.0 ** (step / 2) for step in range(21)))
+# Of a stop's share to that of the one before (up to 1.95 MSDNet's, which leave out what is close to
+# the complete network), and of how many complete runs a right answer is worth.
+RATIOS = (*(step / 20 for step in range(1, 40)), 2.2, 2.5, 3.0, 4.0, 6.0, 10.0, 20.0)
+PRICES = (0.0, *(2.0 ** (step / 4) for step in range(-8, 33)))
 BISECTIONS = 12
 
 Point = dict[str, float | list[float]]

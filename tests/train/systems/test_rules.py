@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blockdrop_fast.networks.exits import NEVER
+from train.systems import rules as rules_module
 from train.systems.rules import (
     ALWAYS,
     Stops,
@@ -94,16 +95,15 @@ def test_shares_go_as_powers_of_a_ratio(ratio):
     assert (found - shares / shares.sum()).abs().max() <= 1 / 400
 
 
-def test_budgets_are_met_and_more_work_gives_more():
+def test_budgets_are_met_and_more_work_gives_more(monkeypatch):
+    monkeypatch.setattr(rules_module, "PRICES", (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 64.0))
     stops, points = random_stops(), []
     for budget in (2.0, 4.0, 6.0, 8.0, 10.0):
         rules, report = fit(stops, stops, budget, "learned")
         for kind in ("learned", "threshold"):
-            # 400 images, and thresholds of 39 steps' range, do not make every mean.
-            found = report["at_budget"][kind]["held_out"]
-            assert found["blocks"] <= max(
-                budget, min(one["held_out"]["blocks"] for one in report["sweep"][kind])
-            )
+            # Thresholds do not come down to the first stop alone.
+            found, sweep = report["at_budget"][kind]["held_out"], report["sweep"][kind]
+            assert found["blocks"] <= max(budget, sweep[0]["held_out"]["blocks"])
         points.append(stops.point(rules))
         assert points[-1]["blocks"] > budget - 0.5
     accuracies = [point["accuracy"] for point in points]
