@@ -201,68 +201,84 @@ BLOCKDROP_DEVICE void store_matrices_transposed(uint32_t offset, const uint32_t 
   }
 }
 
-// What a warp computes of a convolution at a time: 16 channels of 8 pixels in kRows rows. Each row
-// of the input is read once for all rows of the output that it touches: eight rows read ten.
+// What a warp computes of a convolution: 16 channels of kTiles times 8 pixels in kRows rows. Each
+// row of the input is read once for all rows of the output that it touches: eight rows read ten.
 template <int kOut>
 struct WarpPart {
   using Out = Layout<kOut>;
   static constexpr int kRows = kOut == kFeatures ? 4 : 8;
   static constexpr int kRowGroups = Out::kSize / kRows;
   static constexpr int kTileGroups = kWarps / (Out::kChannelTiles * kRowGroups);
-  static constexpr int kPasses = Out::kPixelTiles / kTileGroups;
-  static_assert(Out::kChannelTiles * kRowGroups * kTileGroups == kWarps && kPasses > 0);
+  static constexpr int kTiles = Out::kPixelTiles / kTileGroups;
+  static_assert(Out::kChannelTiles * kRowGroups * kTileGroups == kWarps && kTiles > 0);
 
   int channel_tile = warp_index() % Out::kChannelTiles;
   int row = warp_index() / Out::kChannelTiles % kRowGroups * kRows;
-  int first_tile = warp_index() / (Out::kChannelTiles * kRowGroups) * kPasses;
+  int first_tile = warp_index() / (Out::kChannelTiles * kRowGroups) * kTiles;
 };
 
-// If the image is no wider than 8 pixels, a column of taps has the pixels of the next one, moved by
-// one. Then each has sums of its own, pixels are read once, and add_columns moves the sums instead.
+// A convolution has several sets of sums, so that fewer products wait for each other's result,
+// which is what a cluster's time is made of (walk_half_cluster.cuh; both add in the same order).
+// With 32 input channels each slice has a set. With 64 each column of taps: the image is no wider
+// than 8 pixels there, so a column has the pixels of the next one, moved by one; pixels are read
+// once, and add_sets moves the sums instead.
 template <int kIn>
-constexpr int kColumns = kIn == kFeatures ? 3 : 1;
+constexpr int kSets = kIn == kFeatures ? 3 : kIn / kTile;
 
-// Adds to `sums` what the 16 input channels of a slice contribute to 8 pixels of the rows from
-// `row` on. tap(i) is the weights of a tap.
-template <typename Format, int kIn, int kOut, int kRows, typename Tap>
-BLOCKDROP_DEVICE void multiply_slice(float (&sums)[kColumns<kIn>][kRows][4], uint32_t input,
-                                     int slice_index, int row, int tile, Tap tap) {
+// Adds to `sums` what the 16 input channels of a slice contribute to kTiles times 8 pixels of the
+// rows from `row` on. tap(i) is the weights of a tap.
+template <typename Format, int kIn, int kOut, int kTiles, int kRows, typename Tap>
+BLOCKDROP_DEVICE void multiply_slice(float (&sums)[kTiles][kSets<kIn>][kRows][4], uint32_t input,
+                                     int slice_index, int row, int first_tile, Tap tap) {
   using In = Layout<kIn>;
   constexpr int kStride = kOut / kIn;
   constexpr int kInRows = kStride * (kRows - 1) + 3;
   const int lane = lane_index();
-  constexpr bool kShared = kColumns<kIn> > 1;
+  constexpr bool kShared = kIn == kFeatures;
+  constexpr int kTileBytes = kStride * kPixelsPerTile * In::kPixelBytes;
   uint32_t pixels[(kInRows + 1) / 2][4];  // of two rows each
 #pragma unroll
   for (int dx = 0; dx < 3; ++dx) {
     // Lanes 0-7 and 8-15 point at the two chunks of 8 pixels, lanes 16-31 at those below.
-    const uint32_t address =
-        input + In::offset(kStride * row - 1 + lane / 16,
-                           kStride * (tile * kPixelsPerTile + lane % 8) + (kShared ? 0 : dx - 1),
-                           slice_index * (kTile / kChunk) + lane / 8 % 2);
+    const uint32_t address = input + In::offset(kStride * row - 1 + lane / 16,
+                                                kStride * (first_tile * kPixelsPerTile + lane % 8) +
+                                                    (kShared ? 0 : dx - 1),
+                                                slice_index * (kTile / kChunk) + lane / 8 % 2);
     const uint4 taps[3] = {tap(dx), tap(3 + dx), tap(6 + dx)};
 #pragma unroll
-    for (int in_row = 0; in_row < kInRows; ++in_row) {
-      uint32_t (&pair)[4] = pixels[in_row / 2];
-      if (in_row % 2 == 0 && (dx == 0 || !kShared)) {
-        load_matrices(pair, address + in_row * In::kRowBytes, /*four=*/in_row + 1 < kInRows);
-      }
+    for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int dy = 0; dy < 3; ++dy) {
-        const int out_row = (in_row - dy) / kStride;
-        if (in_row < dy || (in_row - dy) % kStride != 0 || out_row >= kRows) continue;
-        Format::multiply(sums[dx % kColumns<kIn>][out_row], taps[dy], pair[in_row % 2 * 2],
-                         pair[in_row % 2 * 2 + 1]);
+      for (int in_row = 0; in_row < kInRows; ++in_row) {
+        uint32_t (&pair)[4] = pixels[in_row / 2];
+        if (in_row % 2 == 0 && (dx == 0 || !kShared)) {
+          load_matrices(pair, address + tile * kTileBytes + in_row * In::kRowBytes,
+                        /*four=*/in_row + 1 < kInRows);
+        }
+#pragma unroll
+        for (int dy = 0; dy < 3; ++dy) {
+          const int out_row = (in_row - dy) / kStride;
+          if (in_row < dy || (in_row - dy) % kStride != 0 || out_row >= kRows) continue;
+          Format::multiply(sums[tile][kShared ? dx : slice_index % kSets<kIn>][out_row], taps[dy],
+                           pair[in_row % 2 * 2], pair[in_row % 2 * 2 + 1]);
+        }
       }
     }
   }
 }
 
-// sums[0] becomes the sum over columns of taps.
+// sums[0] becomes the sum of all sets.
 template <int kRows>
-BLOCKDROP_DEVICE void add_columns(float (&)[1][kRows][4]) {}
+BLOCKDROP_DEVICE void add_sets(float (&)[1][kRows][4]) {}
 template <int kRows>
-BLOCKDROP_DEVICE void add_columns(float (&sums)[3][kRows][4]) {
+BLOCKDROP_DEVICE void add_sets(float (&sums)[2][kRows][4]) {
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[0][row][i] += sums[1][row][i];
+  }
+}
+template <int kRows>
+BLOCKDROP_DEVICE void add_sets(float (&sums)[3][kRows][4]) {
   const int lane = lane_index();
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
@@ -279,13 +295,13 @@ BLOCKDROP_DEVICE void add_columns(float (&sums)[3][kRows][4]) {
 }
 
 // Sums begin with the bias, one set of them only.
-template <int kSets, int kRows>
-BLOCKDROP_DEVICE void begin_sums(float (&sums)[kSets][kRows][4], uint32_t bias) {
+template <int kCount, int kRows>
+BLOCKDROP_DEVICE void begin_sums(float (&sums)[kCount][kRows][4], uint32_t bias) {
   const uint32_t own = bias + lane_index() / 4 * 4;
   const float low = load_shared<float>(own), high = load_shared<float>(own + 8 * 4);
 #pragma unroll
-  for (int set = 0; set < kSets; ++set) {
-    const bool biased = set == kSets / 2;
+  for (int set = 0; set < kCount; ++set) {
+    const bool biased = set == kCount / 2;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       sums[set][row][0] = sums[set][row][1] = biased ? low : 0;
@@ -317,37 +333,39 @@ BLOCKDROP_DEVICE void store_rows(const float (&first)[4], const float (&second)[
 
 // output = relu(convolution(input) + bias [+ output])
 //
-// A warp holds at most 48 sums, 12 registers of weights and 20 of input. Segment 1 has more tiles
-// than warps, and its convolutions have a single slice, which is then used twice.
+// A warp holds at most 64 sums, 12 registers of weights and 12 of input.
 template <typename Format, int kIn, int kOut, bool kResidual>
 BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, WeightStream<kOut>& weights) {
   using Out = Layout<kOut>;
   using Part = WarpPart<kOut>;
   constexpr int kSlices = Layout<kIn>::kChannelTiles;
-  static_assert(Part::kPasses == 1 || kSlices == 1);
+  const Part part;
+  const int lane = lane_index();
   uint32_t slice = weights.advance(0);
-#pragma unroll 1
-  for (int pass = 0; pass < Part::kPasses; ++pass) {
-    const Part part;
-    const int lane = lane_index(), tile = part.first_tile + pass;
-    const auto tap = [&](int i) {
-      return load_shared<uint4>(slice + part.channel_tile * kPartBytes + kBiasBytes +
-                                (i * kLanes + lane) * sizeof(uint4));
-    };
-    float sums[kColumns<kIn>][Part::kRows][4];
-    begin_sums(sums, slice + part.channel_tile * kPartBytes);
-#pragma unroll 1
-    for (int slice_index = 0; slice_index < kSlices; ++slice_index) {
-      if (slice_index > 0) slice = weights.advance(slice_index);
-      multiply_slice<Format, kIn, kOut>(sums, input, slice_index, part.row, tile, tap);
-    }
-    add_columns(sums);
-    const uint32_t address =
-        output + Out::offset(part.row + lane / 16, tile * kPixelsPerTile + lane % 8,
-                             part.channel_tile * (kTile / kChunk) + lane / 8 % 2);
+  float sums[Part::kTiles][kSets<kIn>][Part::kRows][4];
+#pragma unroll
+  for (auto& tile_sums : sums) begin_sums(tile_sums, slice + part.channel_tile * kPartBytes);
+#pragma unroll(kSlices == 2 ? 2 : 1)
+  for (int slice_index = 0; slice_index < kSlices; ++slice_index) {
+    if (slice_index > 0) slice = weights.advance(slice_index);
+    multiply_slice<Format, kIn, kOut>(
+        sums, input, slice_index, part.row, part.first_tile, [&](int i) {
+          return load_shared<uint4>(slice + part.channel_tile * kPartBytes + kBiasBytes +
+                                    (i * kLanes + lane) * sizeof(uint4));
+        });
+  }
+  const uint32_t address =
+      output + Out::offset(part.row + lane / 16, part.first_tile * kPixelsPerTile + lane % 8,
+                           part.channel_tile * (kTile / kChunk) + lane / 8 % 2);
+#pragma unroll
+  for (int tile = 0; tile < Part::kTiles; ++tile) {
+    auto& tile_sums = sums[tile];
+    add_sets(tile_sums);
 #pragma unroll
     for (int row = 0; row < Part::kRows; row += 2) {
-      store_rows<Format, kResidual>(sums[0][row], sums[0][row + 1], address + row * Out::kRowBytes);
+      store_rows<Format, kResidual>(
+          tile_sums[0][row], tile_sums[0][row + 1],
+          address + tile * kPixelsPerTile * Out::kPixelBytes + row * Out::kRowBytes);
     }
   }
 }

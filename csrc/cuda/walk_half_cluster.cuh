@@ -155,7 +155,7 @@ BLOCKDROP_DEVICE void store_sums(const float (&sums)[kRows][4], uint32_t output,
 //
 // Begins, with the weights at hand, by waiting for the cluster; the caller arrives when it has done
 // what else others wait for. A convolution takes as long as the products that need one another's
-// result, 9 in segment 1, 18 in segment 2, 12 in segment 3, not as long as the work.
+// result, 9 in segments 1 and 2, 12 in segment 3, not as long as the work.
 template <typename Format, int kIn, int kOut, bool kResidual>
 BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, ClusterWeights& weights,
                                int reach) {
@@ -169,14 +169,14 @@ BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, ClusterWeights& 
                               (tap * kLanes + lane_index()) * sizeof(uint4));
   };
   uint4 taps[kEarly][kTaps];
-  float sums[kColumns<kIn>][S::kRows][4];
+  float sums[1][kSets<kIn>][S::kRows][4];
   if (share.busy) {
 #pragma unroll
     for (int slice = 0; slice < kEarly; ++slice) {
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) taps[slice][tap] = load(slice, tap);
     }
-    begin_sums(sums, part);
+    begin_sums(sums[0], part);
   }
   cluster_wait();
   if (!share.busy) return;
@@ -186,8 +186,8 @@ BLOCKDROP_DEVICE void convolve(uint32_t input, uint32_t output, ClusterWeights& 
       return slice < kEarly ? taps[slice % kEarly][tap] : load(slice, tap);
     });
   }
-  add_columns(sums);
-  store_sums<Format, kOut, kResidual>(sums[0], output, share, reach);
+  add_sets(sums[0]);
+  store_sums<Format, kOut, kResidual>(sums[0][0], output, share, reach);
 }
 
 // ------------------------------------------------------------------ a network
