@@ -13,7 +13,7 @@ Packed weights are one float32 vector, so that a kernel finds everything by coun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -152,20 +152,25 @@ def walk_policy_reference(images: Tensor, *networks) -> tuple[Tensor, Tensor, Te
     return run_policy(walk_reference, images, *networks)
 
 
-def _packed_size(layers: Sequence[int], num_classes: int) -> int:
-    convs = sum(
-        c_out * (1 + (9 + (16 if c_in == c_out else 0)) * c_in)
-        for c_in, c_out in conv_shapes(layers)
-    )
-    return convs + (1 + WIDTHS[-1]) * (num_classes + -num_classes % CLASS_MULTIPLE)
+def packed_size(convs: Iterable[tuple[int, int]], num_classes: int) -> int:
+    """Of convolutions of (C_in, C_out), and a classifier."""
+    values = sum(c_out * (1 + (9 + (16 if c_in == c_out else 0)) * c_in) for c_in, c_out in convs)
+    return values + (1 + WIDTHS[-1]) * (num_classes + -num_classes % CLASS_MULTIPLE)
 
 
 def unpack(
     weights: Tensor, layers: Sequence[int], num_classes: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(weight, bias) of each convolution in order, and of the classifier."""
+    """A network's (weight, bias) of each convolution in order, and of the classifier."""
+    return unpack_layers(weights, conv_shapes(layers), num_classes)
+
+
+def unpack_layers(
+    weights: Tensor, convs: Iterable[tuple[int, int]], num_classes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(weight, bias) of convolutions of (C_in, C_out), and of a classifier."""
     offset = 0
-    for c_in, c_out in conv_shapes(layers):
+    for c_in, c_out in convs:
         panel = min(c_out, PANEL_CHANNELS)
         bias = weights[offset : offset + c_out]
         offset += c_out
@@ -188,7 +193,7 @@ def check(images: Tensor, weights: Tensor, layers: Sequence[int], num_classes: i
             "images: height and width must be positive multiples of 4, got "
             f"{images.shape[2]}x{images.shape[3]}"
         )
-    check_length("weights", weights, _packed_size(layers, num_classes), "packed values")
+    check_length("weights", weights, packed_size(conv_shapes(layers), num_classes), "packed values")
 
 
 define_walk("walk", walk_reference, walk_policy_reference)

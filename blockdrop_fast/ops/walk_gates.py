@@ -13,22 +13,35 @@ averaged over pixels, that the gate looks at (zeros beyond their number).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blockdrop_fast.ops._library import LIBRARY, REFERENCE
-from blockdrop_fast.ops.walk import check, unpack
+from blockdrop_fast.ops.walk import (
+    CLASS_MULTIPLE,
+    check,
+    pack_classifier,
+    pack_conv,
+    packed_size,
+    unpack,
+    unpack_layers,
+)
 from blockdrop_fast.ops.walk_network import (
     NETWORK,
     WIDTHS,
     ReferenceNetwork,
     check_decisions,
+    check_length,
     new_logits,
 )
 
 GATE_VALUES = 1 + WIDTHS[-1]
+RULE_VALUES = 6
+LOOK_SIZE = 16
+LOOK_CONVS = tuple(pairwise(WIDTHS))  # (C_in, C_out) of a look's convolutions
 
 
 def walk_sequential(
@@ -125,12 +138,114 @@ def walk_weighted(
     )
 
 
+def walk_exits(
+    images: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    subsample: bool,
+    after: Sequence[int],
+    heads: Tensor,
+    rules: Tensor,
+    decisions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Ask classifiers on the way how sure they are, and leave where a rule says so.
+
+    A rule is linear in the three largest probabilities, the lead of the first over the second and
+    the entropy in nats; an image leaves where the sum is at least 0.
+
+    Args:
+        images, weights, layers, num_classes, subsample: as for ``blockdrop_fast.ops.walk``.
+        after: the blocks behind which there are classifiers, 1-based, ascending, below K; E.
+        heads: (E, 65 * classes) float32, the classifiers, packed by ``pack_heads``.
+        rules: (E, 6) float32: weights of the five features, and a bias.
+        decisions: (B, K) bool, the blocks before the exit at which each image leaves, or all of
+            them; None: the rules decide.
+
+    Returns:
+        logits: (B, num_classes), of the exit where an image left, or of the network.
+        decisions: (B, K) bool, the blocks up to there.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: shapes that do not fit each other, no such blocks, or decisions that end at no
+            exit.
+    """
+    return torch.ops.blockdrop_fast.walk_exits(
+        images, weights, layers, num_classes, subsample, after, heads, rules, decisions
+    )
+
+
+def walk_look(
+    images: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    subsample: bool,
+    after: int,
+    head: Tensor,
+    outputs: int,
+    sets: Tensor | None = None,
+    costs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Let a small network see what the first blocks give; it decides on all that follow.
+
+    The head sees its input averaged to at most 16x16, and is two convolutions of stride 2, to 32
+    and to 64 channels, with a ReLU each, and a linear layer of what they give, averaged over
+    pixels. Without ``sets`` a block is kept where its output is at least 0; with them an image gets
+    the set for which sigmoid(output) - cost is largest, the first of equal ones.
+
+    Args:
+        images, weights, layers, num_classes, subsample: as for ``blockdrop_fast.ops.walk``. Of a
+            size that ``look_serves``.
+        after: the block behind which the head looks, of the first segment, 1-based. Blocks up to
+            it are always kept.
+        head: float32 vector, packed by ``pack_look``.
+        outputs: of the head: K, or one a set.
+        sets: (M, K) bool, with blocks 1 to ``after`` in each.
+        costs: (M,) float32.
+
+    Returns:
+        logits: (B, num_classes).
+        decisions: (B, K) bool.
+        look_logits: (B, outputs).
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: shapes that do not fit each other, no such block, or images of another size.
+    """
+    return torch.ops.blockdrop_fast.walk_look(
+        images, weights, layers, num_classes, subsample, after, head, outputs, sets, costs
+    )
+
+
+def look_serves(height: int, width: int) -> bool:
+    """Whether ``walk_look`` takes images of a size, of those that ``walk`` does."""
+    return all(size <= LOOK_SIZE or size == 2 * LOOK_SIZE for size in (height, width))
+
+
 def pack_gates(weights: Sequence[Tensor], biases: Sequence[Tensor | float]) -> Tensor:
     """K (C,) weights and K biases -> (K, 65) of the weights' dtype, for the operators."""
     return torch.stack([
         F.pad(torch.cat([weight.new_tensor([bias]), weight]), (0, WIDTHS[-1] - len(weight)))
         for weight, bias in zip(weights, biases, strict=True)
     ])  # fmt: skip
+
+
+def pack_heads(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """E (num_classes, C) weights and (num_classes,) biases -> (E, 65 * classes), for the operators.
+
+    Classes are rounded up as in ``blockdrop_fast.ops.walk.pack_classifier``.
+    """
+    return torch.stack([
+        pack_classifier(F.pad(weight, (0, WIDTHS[-1] - weight.shape[1])), bias)
+        for weight, bias in zip(weights, biases, strict=True)
+    ])  # fmt: skip
+
+
+def pack_look(convs: Sequence[tuple[Tensor, Tensor]], weight: Tensor, bias: Tensor) -> Tensor:
+    """(weight, bias) of both convolutions, and of the linear layer -> vector for the operators."""
+    return torch.cat([*(pack_conv(*conv) for conv in convs), pack_classifier(weight, bias)])
 
 
 # ---------------------------------------------------------------- references
@@ -216,6 +331,94 @@ def walk_weighted_reference(
     return network.classify(x)
 
 
+def walk_exits_reference(
+    images: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    subsample: bool,
+    after: Sequence[int],
+    heads: Tensor,
+    rules: Tensor,
+    decisions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What ``walk_exits`` computes, in PyTorch operations; any floating-point dtype."""
+    network = _network(images, weights, layers, num_classes, subsample)
+    num_blocks = network.num_blocks
+    ends = [*after, num_blocks]
+    if ends != sorted({*ends}) or ends[0] < 1:
+        raise ValueError(
+            f"after: expected ascending blocks out of 1 to {num_blocks - 1}, got {list(after)}"
+        )
+    padded_classes = num_classes + -num_classes % CLASS_MULTIPLE
+    _check_matrix("heads", heads, weights.dtype, len(after), GATE_VALUES * padded_classes)
+    _check_matrix("rules", rules, weights.dtype, len(after), RULE_VALUES)
+    if decisions is not None:
+        _check_decisions(decisions, images, num_blocks)
+        _check_prefixes(decisions, ends)
+    x, kept, logits = network.stem(images), [], None
+    going = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    keep_all = going
+    for block in range(num_blocks):
+        if block in after:
+            exit = list(after).index(block)
+            head = heads[exit].view(GATE_VALUES, -1)[: 1 + x.shape[1], :num_classes]
+            found = network.pooled(x) @ head[1:] + head[0]
+            logits = found if logits is None else torch.where(going[:, None], found, logits)
+            if decisions is None:
+                going = going & ~_leaves(found, rules[exit])
+            else:
+                going = decisions[:, block]
+        x = network.run_block(block, x, keep_all)
+        kept.append(going)
+    found = network.classify(x)
+    logits = found if logits is None else torch.where(going[:, None], found, logits)
+    return logits, torch.stack(kept, 1)
+
+
+def walk_look_reference(
+    images: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    subsample: bool,
+    after: int,
+    head: Tensor,
+    outputs: int,
+    sets: Tensor | None = None,
+    costs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``walk_look`` computes, in PyTorch operations; any floating-point dtype."""
+    network = _network(images, weights, layers, num_classes, subsample)
+    _check_look(images, network, after, head, outputs, sets, costs)
+    x = network.stem(images)
+    always = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    for block in range(after):
+        x = network.run_block(block, x, always)
+    *convs, classifier = unpack_layers(head, LOOK_CONVS, outputs)
+    seen = F.adaptive_avg_pool2d(x, [min(size, LOOK_SIZE) for size in x.shape[2:]])
+    for conv in convs:
+        seen = F.relu(F.conv2d(seen.to(network.exact), *conv, stride=2, padding=1)).to(x.dtype)
+    look_logits = F.linear(network.pooled(seen), *classifier)
+    if sets is None:
+        decisions = (look_logits >= 0).index_fill(1, torch.arange(after, device=x.device), True)
+    else:
+        decisions = sets[(look_logits.sigmoid() - costs).argmax(1)]
+    for block in range(after, network.num_blocks):
+        x = network.run_block(block, x, decisions[:, block])
+    return network.classify(x), decisions, look_logits
+
+
+def _leaves(logits: Tensor, rule: Tensor) -> Tensor:
+    """(B, num_classes) logits, (6,) rule -> (B,) bool."""
+    probabilities = logits.softmax(1)
+    top = probabilities.sort(1, descending=True).values[:, :3]
+    first, second, third = F.pad(top, (0, 3 - top.shape[1])).unbind(1)
+    entropy = torch.special.entr(probabilities).sum(1)
+    features = torch.stack([first, second, third, first - second, entropy], 1)
+    return features @ rule[:-1] + rule[-1] >= 0
+
+
 def _gate_logit(gate: Tensor, pooled: Tensor) -> Tensor:
     """(65,) gate, (B, C) -> (B,)."""
     return pooled @ gate[1 : 1 + pooled.shape[1]] + gate[0]
@@ -247,6 +450,56 @@ def _check_decisions(decisions: Tensor, images: Tensor, num_blocks: int) -> None
     check_decisions(decisions, len(images), num_blocks)
 
 
+def _check_prefixes(decisions: Tensor, ends: Sequence[int]) -> None:
+    kept = decisions.sum(1)
+    prefixes = torch.arange(decisions.shape[1], device=kept.device) < kept[:, None]
+    if not torch.equal(decisions, prefixes) or not set(kept.tolist()) <= set(ends):
+        raise ValueError(
+            f"decisions: expected the first blocks of each image, up to one of after {ends[:-1]} "
+            f"or all {ends[-1]}"
+        )
+
+
+def _check_look(
+    images: Tensor,
+    network: ReferenceNetwork,
+    after: int,
+    head: Tensor,
+    outputs: int,
+    sets: Tensor | None,
+    costs: Tensor | None,
+) -> None:
+    num_blocks, dtype = network.num_blocks, network.exact
+    if outputs != (num_blocks if sets is None else len(sets)) or outputs < 1:
+        raise ValueError(
+            f"outputs: expected one of each set, or of each of {num_blocks} blocks, got {outputs}"
+        )
+    if not 1 <= after <= network.layers[0]:
+        raise ValueError(
+            f"after: expected a block of the first segment, 1 to {network.layers[0]}, got {after}"
+        )
+    height, width = images.shape[2:]
+    if not look_serves(height, width):
+        raise ValueError(
+            f"images: expected height and width up to 16, or 32, for the head, got {height}x{width}"
+        )
+    if head.dtype != dtype:
+        raise TypeError(f"head: expected dtype {dtype}, got {head.dtype}")
+    check_length("head", head, packed_size(LOOK_CONVS, outputs), "packed values")
+    if sets is None:
+        return
+    if sets.dtype != torch.bool:
+        raise TypeError(f"sets: expected dtype torch.bool, got {sets.dtype}")
+    if sets.shape != (outputs, num_blocks):
+        raise ValueError(f"sets: expected shape ({outputs}, {num_blocks}), got {tuple(sets.shape)}")
+    if costs is None or costs.shape != (outputs,):
+        raise ValueError(f"costs: expected one of each of {outputs} sets")
+    if costs.dtype != dtype:
+        raise TypeError(f"costs: expected dtype {dtype}, got {costs.dtype}")
+    if not sets[:, :after].all():
+        raise ValueError(f"sets: expected blocks 1 to {after} in each, which run before")
+
+
 # ---------------------------------------------------------------- schemas
 
 
@@ -265,6 +518,13 @@ def _fake(images: Tensor, _weights, layers, num_classes: int, *_) -> tuple[Tenso
 def _halting_fake(images: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     logits, decisions = _fake(images, *arguments)
     return logits, decisions, new_logits(images, decisions.shape)
+
+
+def _look_fake(
+    images: Tensor, weights, layers, num_classes: int, subsample, after, head, outputs: int, *_
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits, decisions = _fake(images, weights, layers, num_classes)
+    return logits, decisions, new_logits(images, (len(images), outputs))
 
 
 def _weighted_fake(images: Tensor, _decisions, _shares, *network) -> Tensor:
@@ -286,4 +546,16 @@ _define(
     f"walk_weighted(Tensor images, Tensor decisions, Tensor shares, {NETWORK}) -> Tensor",
     walk_weighted_reference,
     _weighted_fake,
+)
+_define(
+    f"walk_exits(Tensor images, {NETWORK}, int[] after, Tensor heads, Tensor rules, "
+    "Tensor? decisions=None) -> (Tensor logits, Tensor decisions)",
+    walk_exits_reference,
+    _fake,
+)
+_define(
+    f"walk_look(Tensor images, {NETWORK}, int after, Tensor head, int outputs, Tensor? sets=None, "
+    "Tensor? costs=None) -> (Tensor logits, Tensor decisions, Tensor look_logits)",
+    walk_look_reference,
+    _look_fake,
 )

@@ -24,7 +24,7 @@ struct Rows {
 class Gate {
  public:
   virtual ~Gate() = default;
-  // Whether `decide` looks at the input of `block` (of num_blocks: the classifier's).
+  // Whether `decide` looks at the mean of the input of `block` (of num_blocks: the classifier's).
   virtual bool looks_at(int block) const = 0;
   // Called whenever the input of `block` is new. From then on its decision has to be known, and
   // those of blocks after it as long as none is kept or changes the shape. False: the image goes no
@@ -39,7 +39,7 @@ void walk_gated(Walker& walker, const Rows& rows, Gate* gate);
 // segments' ends, and a gate's own.
 constexpr int64_t gated_steps(int num_blocks) { return 3 * int64_t{num_blocks} + 16; }
 
-// Of the spare buffers the one where a segment's shares are added up; the others are the gate's.
+// Of the spare buffers the one where a segment's shares are added up, if they are.
 constexpr int kBlended = 0;
 
 }  // namespace blockdrop::walk

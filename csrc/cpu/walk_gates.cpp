@@ -3,12 +3,16 @@
 // walk_gated.h the program that asks it.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/all.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <numeric>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -38,6 +42,70 @@ at::Tensor read_decisions(const at::Tensor& decisions, const Images& images,
                     decisions.sizes());
   check_decisions(decisions, images.batch, network.num_blocks);
   return decisions.clone(at::MemoryFormat::Contiguous);
+}
+
+Exits::Places read_exits(const Network& network, at::IntArrayRef after, const at::Tensor& heads,
+                         const at::Tensor& rules, bool decided) {
+  const bool ascend =
+      std::adjacent_find(after.begin(), after.end(), std::greater_equal<>()) == after.end();
+  TORCH_CHECK_VALUE(
+      ascend && (after.empty() || (after.front() >= 1 && after.back() < network.num_blocks)),
+      "after: expected ascending blocks out of 1 to ", network.num_blocks - 1, ", got ", after);
+  return {after.vec(), heads.const_data_ptr<float>(), heads.size(1),
+          decided ? nullptr : rules.const_data_ptr<float>()};
+}
+
+// An image's kept blocks are the first, up to an exit or the end.
+void check_prefixes(const at::Tensor& decisions, const std::vector<int64_t>& after) {
+  const int64_t num_blocks = decisions.size(1);
+  const bool* row = decisions.const_data_ptr<bool>();
+  for (int64_t image = 0; image < decisions.size(0); ++image, row += num_blocks) {
+    const int64_t kept = std::find(row, row + num_blocks, false) - row;
+    TORCH_CHECK_VALUE(
+        std::find(row + kept, row + num_blocks, true) == row + num_blocks &&
+            (kept == num_blocks || std::binary_search(after.begin(), after.end(), kept)),
+        "decisions: expected the first blocks of each image, up to one of after ",
+        at::IntArrayRef(after), " or all ", num_blocks);
+  }
+}
+
+Look::Head read_head(const Network& network, const Images& images, int64_t after,
+                     const at::Tensor& head, int64_t outputs) {
+  TORCH_CHECK_VALUE(after >= 1 && after <= network.layers[0],
+                    "after: expected a block of the first segment, 1 to ", network.layers[0],
+                    ", got ", after);
+  const auto fits = [](int size) { return size <= Look::kSize || size == 2 * Look::kSize; };
+  TORCH_CHECK_VALUE(fits(images.height) && fits(images.width),
+                    "images: expected height and width up to 16, or 32, for the head, got ",
+                    images.height, "x", images.width);
+  TORCH_CHECK_TYPE(head.scalar_type() == at::kFloat, "head: expected dtype torch.float32, got ",
+                   head.scalar_type());
+  const int64_t first = kWidths[1] * (1 + 9 * kWidths[0]);
+  const int64_t second = kWidths[2] * (1 + 9 * kWidths[1]);
+  const int64_t padded = round_up(outputs, kClassMultiple);
+  check_length("head", head, first + second + kGateValues * padded, "packed values");
+  const float* values = head.const_data_ptr<float>();
+  return {static_cast<int>(after),
+          static_cast<int>(outputs),
+          static_cast<int>(padded),
+          {values, values + first},
+          values + first + second,
+          nullptr,
+          nullptr};
+}
+
+void check_sets(const at::Tensor& sets, const std::optional<at::Tensor>& costs, int64_t outputs,
+                int64_t num_blocks, int64_t after) {
+  TORCH_CHECK_TYPE(sets.scalar_type() == at::kBool, "sets: expected dtype torch.bool, got ",
+                   sets.scalar_type());
+  TORCH_CHECK_VALUE(sets.dim() == 2 && sets.size(0) == outputs && sets.size(1) == num_blocks,
+                    "sets: expected shape (", outputs, ", ", num_blocks, "), got ", sets.sizes());
+  TORCH_CHECK_VALUE(costs && costs->dim() == 1 && costs->size(0) == outputs,
+                    "costs: expected one of each of ", outputs, " sets");
+  TORCH_CHECK_TYPE(costs->scalar_type() == at::kFloat, "costs: expected dtype torch.float32, got ",
+                   costs->scalar_type());
+  TORCH_CHECK_VALUE(sets.narrow(1, 0, after).all().item<bool>(), "sets: expected blocks 1 to ",
+                    after, " in each, which run before");
 }
 
 // ---------------------------------------------------------------- running
@@ -70,6 +138,13 @@ struct Outputs {
   Rows rows(int image, const float* shares = nullptr) const {
     const int64_t at = image * decisions.size(1);
     return {decisions_ + at, shares ? shares + at : nullptr, logits_ + image * logits.size(1)};
+  }
+
+  // Each image keeps its first `count` blocks.
+  void keep_first(int64_t count) const {
+    for (int64_t image = 0; image < decisions.size(0); ++image) {
+      std::fill_n(decisions_ + image * decisions.size(1), count, true);
+    }
   }
 
   at::Tensor logits;     // [batch, num_classes]
@@ -148,6 +223,70 @@ at::Tensor walk_weighted(const at::Tensor& images, const at::Tensor& decisions,
   return outputs.logits;
 }
 
+std::tuple<at::Tensor, at::Tensor> walk_exits(const at::Tensor& images, const at::Tensor& weights,
+                                              at::IntArrayRef layers, int64_t num_classes,
+                                              bool subsample, at::IntArrayRef after,
+                                              const at::Tensor& heads, const at::Tensor& rules,
+                                              const std::optional<at::Tensor>& decisions) {
+  const Network network = read_network("weights", weights, layers, num_classes, subsample);
+  const Images batch = read_images(images, kSizeMultiple);
+  const int64_t count = static_cast<int64_t>(after.size());
+  const at::Tensor all_heads =
+      read_matrix("heads", heads, count, int64_t{kGateValues} * network.padded_classes);
+  const at::Tensor all_rules = read_matrix("rules", rules, count, Exits::kRuleValues);
+  const Exits::Places places =
+      read_exits(network, after, all_heads, all_rules, decisions.has_value());
+  std::optional<at::Tensor> given;
+  if (decisions) {
+    given = read_decisions(*decisions, batch, network);
+    check_prefixes(*given, places.after);
+  }
+  const Outputs outputs = given ? Outputs(network, batch, *given) : Outputs(network, batch);
+  if (batch.batch == 0) return {outputs.logits, outputs.decisions};
+  if (!given) outputs.keep_first(after.empty() ? network.num_blocks : after.front());
+  Walk walk(choose_kernels(), network, batch, 0, 2 * network.padded_classes);
+  walk.run(given ? by_usage(*given) : in_order(batch.batch), gated_steps(network.num_blocks),
+           [&](Walker& walker) {
+             const Rows rows = outputs.rows(walker.image);
+             Exits gate(walker, rows, places);
+             walk_gated(walker, rows, &gate);
+           });
+  return {outputs.logits, outputs.decisions};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_look(
+    const at::Tensor& images, const at::Tensor& weights, at::IntArrayRef layers,
+    int64_t num_classes, bool subsample, int64_t after, const at::Tensor& head, int64_t outputs,
+    const std::optional<at::Tensor>& sets, const std::optional<at::Tensor>& costs) {
+  const Network network = read_network("weights", weights, layers, num_classes, subsample);
+  const Images batch = read_images(images, kSizeMultiple);
+  TORCH_CHECK_VALUE(sets ? outputs == sets->size(0) && outputs >= 1 : outputs == network.num_blocks,
+                    "outputs: expected one of each set, or of each of ", network.num_blocks,
+                    " blocks, got ", outputs);
+  Look::Head own = read_head(network, batch, after, head, outputs);
+  at::Tensor all_sets, all_costs;
+  if (sets) {
+    check_sets(*sets, costs, outputs, network.num_blocks, after);
+    all_sets = sets->contiguous();
+    all_costs = costs->contiguous();
+    own.sets = all_sets.const_data_ptr<bool>();
+    own.costs = all_costs.const_data_ptr<float>();
+  }
+  const Outputs result(network, batch);
+  const at::Tensor look_logits = at::empty({batch.batch, outputs}, at::kFloat);
+  if (batch.batch == 0) return {result.logits, result.decisions, look_logits};
+  result.keep_first(after);
+  float* all_look_logits = look_logits.mutable_data_ptr<float>();
+  Walk walk(choose_kernels(), network, batch, Look::kNumSpare,
+            std::max(network.padded_classes, own.padded_outputs));
+  walk.run(in_order(batch.batch), gated_steps(network.num_blocks), [&](Walker& walker) {
+    const Rows rows = result.rows(walker.image);
+    Look gate(walker, rows, own, all_look_logits + walker.image * outputs);
+    walk_gated(walker, rows, &gate);
+  });
+  return {result.logits, result.decisions, look_logits};
+}
+
 }  // namespace
 }  // namespace blockdrop::walk
 
@@ -155,4 +294,6 @@ TORCH_LIBRARY_IMPL(blockdrop_fast, CPU, m) {
   m.impl("walk_sequential", &blockdrop::walk::walk_sequential);
   m.impl("walk_halting", &blockdrop::walk::walk_halting);
   m.impl("walk_weighted", &blockdrop::walk::walk_weighted);
+  m.impl("walk_exits", &blockdrop::walk::walk_exits);
+  m.impl("walk_look", &blockdrop::walk::walk_look);
 }

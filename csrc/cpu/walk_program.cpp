@@ -21,16 +21,6 @@ int useful_threads(int batch) {
              : static_cast<int>(std::min<int64_t>(at::get_num_threads(), useful));
 }
 
-void clear_border(float* activation, int height, int width, int channels) {
-  const int row = (width + 2) * channels;
-  std::fill_n(activation, row, 0.f);
-  std::fill_n(activation + (height + 1) * row, row, 0.f);
-  for (int y = 1; y <= height; ++y) {
-    std::fill_n(activation + y * row, channels, 0.f);
-    std::fill_n(activation + (y + 1) * row - channels, channels, 0.f);
-  }
-}
-
 Part all_panels(Part part, int channels) {
   part.panel_begin = 0;
   part.panel_end = channels / panel_channels(channels);
@@ -51,6 +41,16 @@ const Kernels& choose_kernels() {
 #endif
     default:
       return *portable_kernels();
+  }
+}
+
+void clear_border(float* activations, int height, int width, int channels) {
+  const int row = (width + 2) * channels;
+  std::fill_n(activations, row, 0.f);
+  std::fill_n(activations + (height + 1) * row, row, 0.f);
+  for (int y = 1; y <= height; ++y) {
+    std::fill_n(activations + y * row, channels, 0.f);
+    std::fill_n(activations + (y + 1) * row - channels, channels, 0.f);
   }
 }
 

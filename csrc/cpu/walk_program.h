@@ -29,6 +29,9 @@ struct Buffers {
   std::vector<float*> spare;  // each as large as the largest activations
 };
 
+// Of activations [height + 2, width + 2, channels].
+void clear_border(float* activations, int height, int width, int channels);
+
 class Walker;
 
 // One call of an operator.
