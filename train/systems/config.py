@@ -168,7 +168,7 @@ _PAPER = {stage: config() for stage, config in SYSTEMS.items()}
 _QUICK = _PAPER | {
     "exits": Exits(epochs=4, lr=0.05),
     "pfec": Pfec(epochs=5, batch_size=128, schedule="one_cycle", lr=0.02),
-    "halting": Halting(epochs=6, lr=0.05),
+    "halting": Halting(epochs=6, lr=0.05, tau=0.1),
     "sequential": Sequential(
         epochs=24, batch_size=256, lr=5e-3, samples=3, estimator="leave_one_out"
     ),
