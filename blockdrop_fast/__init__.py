@@ -17,6 +17,7 @@ from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.flops import flops
 from blockdrop_fast.networks.halting import HaltingPolicy, WeightedOutput
 from blockdrop_fast.networks.look import LookPolicy
+from blockdrop_fast.networks.low_cost import LowCostMasks
 from blockdrop_fast.networks.policy import PolicyNetwork, decide, policy_resnet8, policy_resnet10
 from blockdrop_fast.networks.resnet import (
     ResNet,
@@ -30,6 +31,7 @@ from blockdrop_fast.networks.resnet import (
     resnet_imagenet,
 )
 from blockdrop_fast.networks.sequential import SequentialPolicy
+from blockdrop_fast.networks.spatial_halting import SpatialHaltingPolicy
 
 __version__ = "0.1.0"
 
@@ -43,11 +45,13 @@ __all__ = [
     "FixedPolicy",
     "HaltingPolicy",
     "LookPolicy",
+    "LowCostMasks",
     "Output",
     "PolicyNetwork",
     "ResNet",
     "ResNetConfig",
     "SequentialPolicy",
+    "SpatialHaltingPolicy",
     "WeightedOutput",
     "compile",
     "decide",

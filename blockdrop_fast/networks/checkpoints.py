@@ -35,6 +35,7 @@ from blockdrop_fast.networks.fixed import FixedPolicy
 from blockdrop_fast.networks.gated import GatedPolicy
 from blockdrop_fast.networks.halting import HaltingPolicy
 from blockdrop_fast.networks.look import LookPolicy
+from blockdrop_fast.networks.low_cost import LowCostMasks
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import (
@@ -44,6 +45,7 @@ from blockdrop_fast.networks.resnet import (
     ShortcutKind,
 )
 from blockdrop_fast.networks.sequential import SequentialPolicy
+from blockdrop_fast.networks.spatial_halting import SpatialHaltingPolicy
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "blockdrop_fast"
@@ -77,8 +79,20 @@ _POLICY_UNUSED = re.compile(r"^(vnet|features\.fc)\.")
 _POLICY_KEYS = [(r"^features\.", ""), (r"^logit\.", "fc.")]
 
 # Gates by the name of their kind in our own files, and the arguments that are kept beside it.
-_GATES = {"sequential": SequentialPolicy, "halting": HaltingPolicy, "exits": Exits}
-_GATE_OPTIONS = {"sequential": (), "halting": ("hard", "epsilon"), "exits": ("exits",)}
+_GATES = {
+    "sequential": SequentialPolicy,
+    "halting": HaltingPolicy,
+    "exits": Exits,
+    "low_cost": LowCostMasks,
+    "spatial_halting": SpatialHaltingPolicy,
+}
+_GATE_OPTIONS = {
+    "sequential": (),
+    "halting": ("hard", "epsilon"),
+    "exits": ("exits",),
+    "low_cost": (),
+    "spatial_halting": ("epsilon",),
+}
 
 # Where a torch file keeps the state dict of the wanted network; {} itself otherwise.
 _BACKBONE_ENTRIES = ("resnet", "state_dict", "model")

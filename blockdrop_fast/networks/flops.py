@@ -18,6 +18,7 @@ from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.exits import Exits
 from blockdrop_fast.networks.fixed import FixedPolicy
+from blockdrop_fast.networks.gated import PixelGates
 from blockdrop_fast.networks.halting import HaltingPolicy
 from blockdrop_fast.networks.look import LookPolicy, pooled_size
 from blockdrop_fast.networks.resnet import ProjectionShortcut, ResNet
@@ -102,6 +103,10 @@ def _costs(model: BlockDrop | ResNet, image_size: ImageSize | None) -> tuple[flo
             0 if isinstance(one, nn.Identity) else one[1].weight.numel() for one in policy.heads
         ]
         per_block += 2 * torch.tensor(heads)
+    elif isinstance(policy, PixelGates):
+        raise TypeError(
+            f"model: decisions do not say what {type(policy).__name__} computes; its output counts"
+        )
     elif policy is not None:
         fixed += _policy_flops(model, image_size)
     return float(fixed), per_block

@@ -97,4 +97,7 @@ def fold_gates(policy: GatedPolicy, dtype: torch.dtype) -> FoldedGates:
     if isinstance(policy, Exits):
         heads = (fold_linear(head, None, dtype) for head in policy.heads)
         return FoldedExits(policy.exits, tuple(heads), policy.rules.to(torch.float32, copy=True))
-    raise TypeError(f"policy: no gates are known of {type(policy).__name__}")
+    raise TypeError(
+        f"policy: {type(policy).__name__} decides for every pixel, which the reference alone does; "
+        "compile model.backbone, which runs its decisions for blocks"
+    )

@@ -78,6 +78,37 @@ class GatedPolicy(nn.Module, ABC):
         return backbone(images, output.decisions)
 
 
+class PixelOutput(NamedTuple):
+    """What a model returns whose gates decide for every pixel.
+
+    Attributes:
+        logits: (B, num_classes).
+        decisions: (B, K) bool, True = the block was computed for some pixel of the image.
+        densities: (B, K), the share of pixels for which a block's last convolution was.
+        flops: (B,) float64, counted from the masks, gates included; 2 x multiply-adds.
+    """
+
+    logits: Tensor
+    decisions: Tensor
+    densities: Tensor
+    flops: Tensor
+
+
+class PixelGates(GatedPolicy):
+    """Gates that decide for every pixel. Their references compute all and mask it, and count FLOPs.
+
+    No time is saved so; what is left for an engine are blocks that no pixel of an image needs:
+    decisions, which ``compile(model.backbone)`` runs. Replaying needs more than them.
+    """
+
+    @abstractmethod
+    def run(self, backbone: ResNet, images: Tensor) -> PixelOutput:
+        """As of ``GatedPolicy``."""
+
+    def replay(self, backbone: ResNet, images: Tensor, output: Output) -> Tensor:
+        raise TypeError("policy: decisions for blocks do not say which pixels were computed")
+
+
 def block_runner(active_only: bool) -> Callable[[nn.Module, nn.Module, Tensor, Tensor], Tensor]:
     """How one block is run for the images that keep it; see ``ResNet.forward``."""
     return active_block if active_only else masked_block

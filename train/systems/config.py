@@ -155,9 +155,53 @@ class Sequential(Policy):
     """Blocks freed each epoch, last ones first."""
 
 
+@dataclass(frozen=True)
+class Pixels(Retraining):
+    """Options of the stages whose gates decide for every pixel."""
+
+    model: Path | None = None
+    """Backbone checkpoint, or one of this stage to go on with (required)."""
+    policy_lr: float = 0.01
+    """Peak of the gates' one-cycle schedule (Adam)."""
+    free_epochs: int = 0
+    """Epochs at the start in which computing costs nothing, and the gates stay as they are."""
+
+
+@dataclass(frozen=True)
+class Lccl(Pixels):
+    """LCCL: train masks of pixels for which convolutions are computed, and the backbone."""
+
+    out: Path = Path("runs/lccl")
+    sparsity: float = 0.5
+    """Weight of the share of the complete network's FLOPs that are left; 0: the authors' loss."""
+    epochs: int = 350
+    """Paper: 350, batches of 128."""
+
+
+@dataclass(frozen=True)
+class Sact(Pixels):
+    """SACT: train scores by which positions leave the segments, and the backbone."""
+
+    out: Path = Path("runs/sact")
+    tau: float = 0.01
+    """Weight of the ponder cost: the higher, the earlier positions halt."""
+    free_epochs: int = 1
+    """Epochs at the start in which running costs nothing, and the scores stay as they are."""
+    bias: float = -5.0
+    """Of new scores' logits. The authors, who start from scratch, have -3."""
+    epsilon: float = 0.01
+    """Of new scores: a position halts where they add up to 1 - epsilon."""
+    policy_lr: float = 0.02
+    """Peak of the scores' one-cycle schedule (Adam)."""
+    epochs: int = 256
+    """Paper: 100,000 steps of 128 images."""
+
+
 SYSTEMS: dict[str, type[Common]] = {
     "sequential": Sequential,
     "halting": Halting,
+    "lccl": Lccl,
+    "sact": Sact,
     "exits": Exits,
     "cascade": Cascade,
     "pfec": Pfec,
@@ -167,6 +211,8 @@ _PAPER = {stage: config() for stage, config in SYSTEMS.items()}
 # What two CPU cores finish for ResNet-32 in an evening.
 _QUICK = _PAPER | {
     "exits": Exits(epochs=4, lr=0.05),
+    "lccl": Lccl(epochs=8, lr=0.02),
+    "sact": Sact(epochs=6, lr=0.02),
     "pfec": Pfec(epochs=5, batch_size=128, schedule="one_cycle", lr=0.02),
     "halting": Halting(epochs=6, lr=0.05, tau=0.1),
     "sequential": Sequential(
