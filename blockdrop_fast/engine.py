@@ -5,7 +5,8 @@ images -> policy network -> decisions -> plan -> executor (walk | gather | dense
 
 A policy that looks at the backbone's first blocks makes the first arrow
 images -> those blocks -> head, and the executor goes on behind them if it can. One that decides on
-the way puts its gates into the executor: images -> executor with gates -> logits, decisions.
+the way puts its gates into the executor: images -> executor with gates -> logits, decisions; the
+walk takes a head that looks in the same way.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Engine:
         network = fold_network(self.backbone, self.dtype)
         policy = self.model.policy if isinstance(self.model, BlockDrop) else None
         self._always = 0 if policy is None else policy.after
-        self._choice = choose(network, self._asked, self._launch, self._measured(), self._always)
+        self._choice = choose(network, self._asked, self._launch, self._measured())
         executor = self._choice.executor
         self.strategy, self._reason = executor.strategy, self._choice.reason
         self._gates, self._gated, self._weighs = None, executor, False
@@ -124,10 +125,17 @@ class Engine:
                 self._gated.set_gates(self._gates)
                 self._reason += "; gates by gather in plain PyTorch, which waits at each"
         self._menu = None if policy is None else copy.deepcopy(policy.menu)
-        self._look, self._fixed = None, None
+        self._look, self._fixed, self._executor_looks = None, None, False
         self._policy_logits, self._executor_decides = None, False
         if isinstance(policy, LookPolicy):
-            self._look = Look(network, fold_head(policy, self.dtype))
+            head = fold_head(policy, self.dtype)
+            sets = None if self._menu is None else self._menu.sets
+            self._look = Look(network, head)
+            self._executor_looks = executor.set_look(head, sets)
+            if executor.strategy == "walk" and not self._executor_looks:
+                # Measured on one EPYC core, ResNet-56 at 40 % of its blocks: going on by gather
+                # takes 1.7, 2.2 and 1.6 times as long at batch 1, 8 and 64.
+                self._reason += f"; blocks 1 to {head.after}, which the policy looks at, run twice"
         elif isinstance(policy, FixedPolicy):
             self._fixed = copy.deepcopy(policy)
         elif isinstance(policy, PolicyNetwork):
@@ -179,6 +187,9 @@ class Engine:
             if executor is self._choice.executor:
                 self._check_policy_size(images)
                 return Output(*executor.run_policy(images))
+        if self._looks_at(images) and (budget is None or self._menu is not None):
+            price = 0.0 if self._menu is None else self._menu.price(budget)
+            return Output(*self._choice.executor.run_look(images, price)[:2])
         if len(images) > 0 and self._look is not None:
             features = self._look.features(images)
             decisions = self._decisions_of(self._look.logits(features), budget)
@@ -254,7 +265,8 @@ class Engine:
             return self._execute(images, decisions)
         if exits:
             return self._gated.run_exits(images, decisions)
-        return self._choice.for_batch(len(images)).run_weighted(images, decisions, weights)
+        executor = self._gated if self._weighs else self._choice.for_batch(len(images))
+        return executor.run_weighted(images, decisions, weights)
 
     @_exactly
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
@@ -323,12 +335,15 @@ class Engine:
             return kind(*self._gated.run_gates(images))
         nothing = images.new_zeros(0, self.config.num_blocks)
         weights = nothing.to(torch.promote_types(self.dtype, torch.float32))
-        return kind(self._no_logits(images, 0), nothing.bool(), *[weights] * self._weighs)
+        logits = self._no_logits(images, 0).to(self._gated.logits_dtype)
+        return kind(logits, nothing.bool(), *[weights] * self._weighs)
 
     def _decisions_of(self, logits: Tensor, budget: float | None) -> Tensor:
         return decisions_of(logits, self._menu, budget, self._always)
 
     def _logits_of_policy(self, images: Tensor) -> Tensor:
+        if self._looks_at(images):
+            return self._choice.executor.run_look(images)[2]
         if self._look is not None:
             return self._look.logits(self._look.features(images))
         if self._fixed is not None:
@@ -337,6 +352,16 @@ class Engine:
         if self._policy_pool > 1:
             images = F.avg_pool2d(images, self._policy_pool)
         return self._policy_logits(images)
+
+    def _looks_at(self, images: Tensor) -> bool:
+        """Whether the executor runs the head of a policy that looks, on its way."""
+        executor = self._choice.executor
+        return (
+            self._executor_looks
+            and len(images) > 0
+            and self._choice.for_batch(len(images)) is executor
+            and executor.looks_at(images)
+        )
 
     def _execute(self, images: Tensor, decisions: Tensor) -> Tensor:
         if len(images) == 0:

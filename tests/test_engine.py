@@ -34,6 +34,7 @@ from tests.random_networks import (
     make_model,
     make_network,
     make_policy,
+    random_images,
 )
 
 STRATEGIES = ["walk", "gather", "dense"]
@@ -316,10 +317,30 @@ def test_policy_that_looks(case, sets):
 
 
 def test_auto_says_what_runs_twice():
+    said = "; blocks 1 to 2, which the policy looks at, run twice"
     model, _ = make_look_model(after=2)
-    reason = bdf.compile(model).strategy_reason
-    if extension_status().loaded:
-        assert reason.endswith("; blocks 1 to 2, which the policy looks at, run twice")
+    assert not bdf.compile(model, strategy="walk").strategy_reason.endswith(said)
+    model = bdf.BlockDrop(model.backbone, bdf.LookPolicy(CIFAR, 2, widths=(32, 32)))
+    assert bdf.compile(model, strategy="walk").strategy_reason.endswith(said)
+
+
+@pytest.mark.parametrize("sets", [None, SETS], ids=["thresholds", "menu"])
+@pytest.mark.parametrize("size", [(32, 32), (8, 12), (20, 24)])
+def test_the_walk_looks_on_its_way(sets, size, monkeypatch):
+    """Where it serves the head and the images' size; decisions are those of the float64 model."""
+    model, _ = make_look_model(CIFAR, 1, sets)
+    images = random_images(IMAGES, torch.float32, size)
+    engine = bdf.compile(model, strategy="walk")
+    assert engine._looks_at(images) == (size != (20, 24))
+    if size != (20, 24):
+        monkeypatch.setattr(engine, "_look", None)
+    for budget in [None] if sets is None else [None, 1.5, 4.0]:
+        output = engine(images, budget)
+        check(engine, output.logits, images, output.decisions)
+        expected = copy.deepcopy(model).double().decide(images.double(), budget)
+        assert (output.decisions == expected).all(1).float().mean() > 0.95
+        for a, b in zip(engine(images[5:6], budget), output, strict=True):
+            assert torch.equal(a, b[5:6])
 
 
 def test_the_first_blocks_run_once_where_the_executor_can_begin_behind_them(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blockdrop_fast.networks.folded_gates import FoldedGates
-from blockdrop_fast.networks.folding import FoldedNetwork
+from blockdrop_fast.networks.folding import FoldedHead, FoldedNetwork
 
 Strategy = Literal["walk", "gather", "dense"]
 
@@ -53,8 +53,42 @@ class Executor(Protocol):
         Args:
             images, decisions: as of ``run``.
             weights: (B, K) of any floating-point dtype, not read where a block is dropped.
+
+        Raises:
+            ValueError: this executor cannot.
         """
-        ...
+        raise ValueError(
+            f"weights: expected none, this {self.strategy} sums no outputs; strategy='gather' does"
+        )
+
+    def set_look(self, head: FoldedHead, sets: Tensor | None) -> bool:
+        """Take a head to decide by, which looks at the backbone's first blocks as they run.
+
+        Args:
+            head: folded, with an output a block, or a set.
+            sets: (M, K) bool, a menu's.
+
+        Returns:
+            Whether ``run_look`` will, of the images that it ``looks_at``; if not, somebody else has
+            to run the head, and those blocks before.
+        """
+        return False
+
+    def looks_at(self, images: Tensor) -> bool:
+        """Whether ``run_look`` takes images of this size."""
+        return False
+
+    def run_look(self, images: Tensor, price: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Decide and execute, after ``set_look`` returned True.
+
+        Args:
+            images: (B, 3, H, W), B at least 1, that it ``looks_at``.
+            price: of a block, of a menu; see ``Menu``.
+
+        Returns:
+            (B, num_classes) logits, (B, K) bool decisions, (B, K or M) logits of the head.
+        """
+        raise RuntimeError("run_look: this executor has no head")
 
     def set_gates(self, gates: FoldedGates) -> bool:
         """Take gates to decide by on the way through the backbone.

@@ -53,7 +53,6 @@ def choose(
     asked: Literal["auto", "walk", "gather", "dense"],
     launch: Launch,
     table: Crossover | None,
-    looks_after: int = 0,
 ) -> Choice:
     """Choose what executes a backbone.
 
@@ -62,7 +61,6 @@ def choose(
         asked: the strategy; "auto": the fastest that serves the network.
         launch: see ``GraphGatherExecutor``.
         table: what was measured of this network here, if anything was.
-        looks_after: the policy looks at what this block gives; 0: it looks at the image.
 
     Raises:
         TypeError, ValueError: the strategy that was asked for does not serve the network.
@@ -80,10 +78,6 @@ def choose(
     if walk is None:
         gather, remark = _make_gather(network, table, launch)
         return Choice(gather, f"{reason}{remark}")
-    if looks_after:
-        # Measured on one EPYC core, ResNet-56 at 40 % of its blocks: going on by gather takes 1.7,
-        # 2.2 and 1.6 times as long at batch 1, 8 and 64.
-        reason += f"; blocks 1 to {looks_after}, which the policy looks at, run twice"
     if table is None or not table.walk_loses_somewhere():
         return Choice(walk, reason)
     gather, remark = _make_gather(network, table, launch)

@@ -14,10 +14,17 @@ from blockdrop_fast.networks.folded_gates import (
     FoldedLinear,
     FoldedSequential,
 )
+from blockdrop_fast.networks.folding import FoldedHead
 from blockdrop_fast.ops.walk import pack_classifier, pack_conv, walk, walk_policy
 from blockdrop_fast.ops.walk_gates import (
+    LOOK_CONVS,
+    look_serves,
     pack_gates,
+    pack_heads,
+    pack_look,
+    walk_exits,
     walk_halting,
+    walk_look,
     walk_sequential,
     walk_weighted,
 )
@@ -51,11 +58,36 @@ class WalkExecutor(PackedWalk):
                 images, *self._network, packed, gates.epsilon, gates.hard
             )[:outputs]
         else:
-            return False
+            heads = pack_heads(
+                [head.weight for head in gates.heads], [head.bias for head in gates.heads]
+            )
+            self._exits = (gates.after, heads, gates.rules)
+            self._run_gated = lambda images: walk_exits(images, *self._network, *self._exits)
         return True
 
     def run_gates(self, images: Tensor) -> tuple[Tensor, ...]:
         return self._run_gated(images)
+
+    def run_exits(self, images: Tensor, decisions: Tensor) -> Tensor:
+        return walk_exits(images, *self._network, *self._exits, decisions)[0]
+
+    def set_look(self, head: FoldedHead, sets: Tensor | None) -> bool:
+        """See ``Executor``; a head of the usual widths."""
+        shapes = [conv.weight.shape[:2] for conv in head.convs]
+        if shapes != [(c_out, c_in) for c_in, c_out in LOOK_CONVS]:
+            return False
+        convs = [(conv.weight, conv.bias) for conv in head.convs]
+        packed = pack_look(convs, head.fc_weight, head.fc_bias)
+        self._look = (head.after, packed, len(head.fc_bias))
+        self._sets = None if sets is None else sets.clone()
+        return True
+
+    def looks_at(self, images: Tensor) -> bool:
+        return look_serves(*images.shape[2:])
+
+    def run_look(self, images: Tensor, price: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        costs = None if self._sets is None else price * self._sets.sum(1)
+        return walk_look(images, *self._network, *self._look, self._sets, costs)
 
     def _run_policy(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return walk_policy(images, *self._network, *self._policy)[:2]
