@@ -285,7 +285,7 @@ def test_refuses(kind):
     if kind == "exits":
         with pytest.raises(ValueError, match="weights: expected none"):
             engine.run(images, decisions, torch.ones(IMAGES, 5))
-        with pytest.raises(ValueError, match="decisions: expected the first .* or all 5"):
+        with pytest.raises(ValueError, match=r"decisions: expected the first .* or all 5"):
             engine.run(images, ~decisions)
 
 
