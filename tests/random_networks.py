@@ -22,7 +22,7 @@ IMAGES = 64  # a tolerance measured on images means something from here on
 
 CIFAR = ResNetConfig("basic", (2, 1, 2), (16, 32, 64), "cifar", "average_pool", 10)
 BOTTLENECK = ResNetConfig("bottleneck", (2, 1, 2), (4, 6, 8), "imagenet", "projection", 7)
-# What the walk does not run, each with something of its own.
+# What the walk of CIFAR networks does not run, each with something of its own.
 CUSTOM = {
     "bottleneck": BOTTLENECK,
     "basic projection": ResNetConfig("basic", (1, 2), (64, 8), "imagenet", "projection", 5),

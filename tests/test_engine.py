@@ -100,7 +100,7 @@ def test_narrower_blocks(strategy, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["gather", "dense"])
+@pytest.mark.parametrize("strategy", ["auto", "gather", "dense"])
 @pytest.mark.parametrize("name", CUSTOM)
 @settings(max_examples=4, deadline=None)
 @given(batch=st.sampled_from([1, 5, 64]), kind=KINDS, seed=st.integers(0, 2**31))
@@ -146,15 +146,16 @@ def test_sets(strategy, sets, data, seed):
         check(engine, result, images, one)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "gather"])
 @pytest.mark.parametrize("name", CUSTOM)
-def test_sets_of_custom_networks(name):
+def test_sets_of_custom_networks(name, strategy):
     config = CUSTOM[name]
     images = make_images(config, IMAGES)
     decisions = torch.stack(
         [make_decisions("random", IMAGES, config.num_blocks, seed) for seed in (0, 1, 0)]
     )
     decisions[1, ::2, 0] = decisions[0, ::2, 0]
-    engine = bdf.compile(make_network(config), strategy="gather")
+    engine = bdf.compile(make_network(config), strategy=strategy)
     for result, one in zip(engine.run_sets(images, decisions), decisions, strict=True):
         check(engine, result, images, one)
 
@@ -542,9 +543,12 @@ def test_a_strategy_that_was_asked_for():
 
 @pytest.mark.skipif(not extension_status().loaded, reason="the walk is not chosen without it")
 def test_auto_gathers_where_the_walk_cannot():
-    engine = bdf.compile(make_network(BOTTLENECK))
+    engine = bdf.compile(make_network(CUSTOM["cifar bottleneck"]))
     assert engine.strategy == "gather"
     assert "the walk supports block 'basic' only" in engine.strategy_reason
+    engine = bdf.compile(make_network(CUSTOM["imagenet average pool"]))
+    assert engine.strategy == "gather"
+    assert "supports shortcut 'projection' only" in engine.strategy_reason
     engine = bdf.compile(make_network(CIFAR), dtype=torch.float64)
     assert engine.strategy == "gather"
     assert "torch.float32 only" in engine.strategy_reason
@@ -658,7 +662,12 @@ def half_on_meta():
             TypeError,
             "the walk supports torch.float32 only, got torch.float64",
         ),
-        (BOTTLENECK, {"strategy": "walk"}, ValueError, "walk supports block 'basic' only, got 'b"),
+        (
+            CUSTOM["cifar bottleneck"],
+            {"strategy": "walk"},
+            ValueError,
+            "walk supports block 'basic' only, got 'b",
+        ),
     ],
 )
 def test_compile_refuses(model, options, error, message):
@@ -692,16 +701,16 @@ def measured(batch: int, **milliseconds: float) -> list[crossover.Cell]:
 def test_goes_by_what_was_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("BLOCKDROP_CACHE", str(tmp_path))
     cells = measured(8, dense=1, gather=2) + measured(64, dense=2, gather=1)
-    path = crossover.save(BOTTLENECK, torch.float32, "cpu", cells)
+    config = CUSTOM["imagenet average pool"]
+    path = crossover.save(config, torch.float32, "cpu", cells)
     for strategy in ("auto", "gather"):
-        engine = bdf.compile(make_network(BOTTLENECK), strategy=strategy)
+        engine = bdf.compile(make_network(config), strategy=strategy)
         assert engine.strategy == "gather"
         assert str(path) in engine.strategy_reason
         assert [engine._choice.executor._dense_from(batch) for batch in (8, 64)] == [0.5, 2.0]
     # Measured in another precision: not for this one.
-    assert (
-        str(path) not in bdf.compile(make_network(BOTTLENECK), dtype=torch.bfloat16).strategy_reason
-    )
+    other = bdf.compile(make_network(config), dtype=torch.bfloat16)
+    assert str(path) not in other.strategy_reason
 
 
 @pytest.mark.skipif(not extension_status().loaded, reason="no compiled kernels: no walk")

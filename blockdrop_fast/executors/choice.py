@@ -19,6 +19,7 @@ from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.gather_graph import GraphGatherExecutor, Launch
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
+from blockdrop_fast.executors.walk_imagenet import WalkImageNetExecutor
 from blockdrop_fast.networks.folding import FoldedNetwork
 
 OLDEST_GPU = (8, 0)  # that the walk's matrix instructions run on
@@ -53,6 +54,7 @@ def choose(
     asked: Literal["auto", "walk", "gather", "dense"],
     launch: Launch,
     table: Crossover | None,
+    compact: bool = False,
 ) -> Choice:
     """Choose what executes a backbone.
 
@@ -61,6 +63,7 @@ def choose(
         asked: the strategy; "auto": the fastest that serves the network.
         launch: see ``GraphGatherExecutor``.
         table: what was measured of this network here, if anything was.
+        compact: see ``WalkImageNetExecutor``.
 
     Raises:
         TypeError, ValueError: the strategy that was asked for does not serve the network.
@@ -68,13 +71,13 @@ def choose(
     if asked == "auto" and network.stem.weight.is_cuda:
         return _choose_on_gpu(network, launch, table)
     if asked == "walk":
-        return Choice(_make_walk(network), ASKED_FOR)
+        return Choice(_make_walk(network, compact), ASKED_FOR)
     if asked == "dense":
         return Choice(DenseExecutor(network), ASKED_FOR)
     if asked == "gather":
         gather, remark = _make_gather(network, table, launch)
         return Choice(gather, f"{ASKED_FOR}{remark}")
-    walk, reason = _find_walk(network)
+    walk, reason = _find_walk(network, compact)
     if walk is None:
         gather, remark = _make_gather(network, table, launch)
         return Choice(gather, f"{reason}{remark}")
@@ -148,27 +151,30 @@ def _make_gather(
     return GraphGatherExecutor(network, launch=launch, **rule), remark
 
 
-def _make_walk(network: FoldedNetwork) -> Executor:
-    """The walk for the network's device.
+def _make_walk(network: FoldedNetwork, compact: bool = False) -> Executor:
+    """The walk for the network and its device.
 
     Raises:
         TypeError, ValueError: it does not serve this network or precision.
     """
-    on_gpu = network.stem.weight.device.type == "cuda"
-    return WalkHalfExecutor(network) if on_gpu else WalkExecutor(network)
+    if network.stem.weight.device.type == "cuda":
+        return WalkHalfExecutor(network)
+    if network.config.stem == "imagenet":
+        return WalkImageNetExecutor(network, compact)
+    return WalkExecutor(network)
 
 
-def _find_walk(network: FoldedNetwork) -> tuple[Executor | None, str]:
+def _find_walk(network: FoldedNetwork, compact: bool = False) -> tuple[Executor | None, str]:
     """The walk where it serves a network here, else None; and why."""
     device = network.stem.weight.device
     if reason := _why_no_walk_kernels(device):
         return None, reason
     try:
-        executor = _make_walk(network)
+        executor = _make_walk(network, compact)
     except (TypeError, ValueError) as error:
         return None, str(error)
     padded = ""
-    if network.config.block_widths is not None:
+    if network.config.block_widths is not None and not isinstance(executor, WalkImageNetExecutor):
         padded = "; narrower blocks are padded to their segment's width, and take its time"
     if isinstance(executor, WalkHalfExecutor):
         launch = "one kernel launch a batch; images of other sizes than 32x32 run by gather"

@@ -46,6 +46,11 @@ class WalkImageNetExecutor(Executor):
 
     run_sets = run
 
+    def run_weighted(self, images: Tensor, decisions: Tensor, weights: Tensor) -> Tensor:
+        raise ValueError(
+            "weights: the walk of ImageNet networks runs none, compile with strategy='gather'"
+        )
+
     def set_policy(self, policy: FoldedNetwork, pool: int) -> bool:
         """Take ``policy`` if it is a network as the constructor takes them, see ``Executor``."""
         self._policy = None
