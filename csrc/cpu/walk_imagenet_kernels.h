@@ -283,11 +283,11 @@ inline void transform_inputs(const Conv& conv, const Tile* tiles, int num_tiles,
   const int stride = product_stride(num_tiles);
   const int row = conv.width * kPanel;
   float with_border[4 * 4 * kPanel];
-  for (int t = 0; t < num_tiles; ++t, out += kPanel) {
-    const Tile& tile = tiles[t];
-    for (int panel = 0; panel < conv.in_panels; ++panel) {
-      const float* input = conv.input + panel * panel_size;
-      float* to = out + Index{panel} * kTileProducts * stride;
+  for (int panel = 0; panel < conv.in_panels; ++panel) {
+    const float* input = conv.input + panel * panel_size;
+    float* to = out + Index{panel} * kTileProducts * stride;
+    for (int t = 0; t < num_tiles; ++t, to += kPanel) {
+      const Tile& tile = tiles[t];
       if (tile.reads_border) {
         copy_with_border(conv, tile, input, with_border);
         transform_input<kPanel>(with_border, 4 * kPanel, to, stride);
