@@ -49,7 +49,7 @@ class Pretrain(Common):
 
     out: Path = Path("runs/pretrain")
     arch: str = "resnet32"
-    """resnet<6n+2> for 32x32 images; for ImageNet sizes resnet50 / resnet101 / resnet152, and the
+    """resnet<6n+2> for 32x32 images; for ImageNet sizes resnet18 / 34 / 50 / 101 / 152, and the
     paper's shallower ones, resnet72 / resnet75 / resnet84."""
     init: Path | None = None
     """Backbone checkpoint to start from; its file then tells the architecture."""

@@ -39,6 +39,8 @@ from train.loop import (
 RECALIBRATION_IMAGES = 2000
 
 _IMAGENET_ARCHITECTURES = {
+    "resnet18": bdf.resnet18,
+    "resnet34": bdf.resnet34,
     "resnet50": bdf.resnet50,
     "resnet101": bdf.resnet101,
     "resnet152": bdf.resnet152,

@@ -493,6 +493,21 @@ def resnet110(num_classes: int = 10, shortcut: ShortcutKind = "average_pool") ->
     return resnet_cifar(110, num_classes, shortcut)
 
 
+def resnet18(num_classes: int = 1000) -> ResNet:
+    """ImageNet ResNet-18: 2+2+2+2 = 8 basic blocks."""
+    return _basic_imagenet((2, 2, 2, 2), num_classes)
+
+
+def resnet34(num_classes: int = 1000) -> ResNet:
+    """ImageNet ResNet-34: 3+4+6+3 = 16 basic blocks."""
+    return _basic_imagenet((3, 4, 6, 3), num_classes)
+
+
+def _basic_imagenet(layers: tuple[int, ...], num_classes: int) -> ResNet:
+    widths = (64, 128, 256, 512)
+    return ResNet(ResNetConfig("basic", layers, widths, "imagenet", "projection", num_classes))
+
+
 def resnet_imagenet(layers: tuple[int, ...], num_classes: int = 1000) -> ResNet:
     """Bottleneck ResNet with the given blocks a segment.
 

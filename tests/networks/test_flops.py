@@ -13,10 +13,13 @@ from blockdrop_fast.networks.policy import policy_resnet8, policy_resnet10
 from blockdrop_fast.networks.resnet import (
     ResNet,
     ResNetConfig,
+    resnet18,
     resnet32,
+    resnet34,
     resnet50,
     resnet101,
     resnet110,
+    resnet152,
     resnet_cifar,
     resnet_imagenet,
 )
@@ -138,6 +141,15 @@ def test_result_is_float64_and_takes_every_form_of_decisions():
         assert torch.equal(flops(backbone, decisions.to(dtype)), expected)
     assert flops(backbone, decisions[:0]).shape == (0,)
     assert flops(backbone).shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("build", "published"),
+    [(resnet18, 1.81), (resnet34, 3.66), (resnet50, 4.09), (resnet101, 7.80), (resnet152, 11.51)],
+)
+def test_imagenet_networks_as_torchvision_publishes_them(build, published):
+    """In units of 1e9 multiply-accumulates, as in the table of its weights."""
+    assert round(flops(on_meta(build)).item() / 2e9, 2) == published
 
 
 def test_default_sizes_are_those_of_the_data_sets():

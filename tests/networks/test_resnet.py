@@ -13,7 +13,9 @@ from blockdrop_fast.networks.policy import PolicyNetwork, decide, policy_resnet8
 from blockdrop_fast.networks.resnet import (
     ResNet,
     ResNetConfig,
+    resnet18,
     resnet32,
+    resnet34,
     resnet50,
     resnet101,
     resnet110,
@@ -352,6 +354,8 @@ def test_imagenet_policy_sees_the_image_pooled_by_two():
         (resnet110, 54, 1_727_962),
         (lambda: resnet_cifar(20), 9, 269_722),
         (lambda: resnet_cifar(1202), 600, 19_421_274),
+        (resnet18, 8, 11_689_512),
+        (resnet34, 16, 21_797_672),
         (resnet50, 16, 25_557_032),
         (resnet101, 33, 44_549_160),
         (resnet152, 50, 60_192_808),
