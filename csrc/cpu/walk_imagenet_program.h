@@ -133,7 +133,9 @@ class Walker {
 template <class Program>
 void Walk::run(const std::vector<int>& order, int64_t max_layers, const Program& program) {
   const int num_groups = (images.batch + group - 1) / group;
-  walk::Queue queue(num_groups, num_threads, max_layers);
+  // In parts a layer takes longer than in one piece: no more groups than can be the last of a
+  // thread.
+  walk::Queue queue(num_groups, num_threads, max_layers, num_threads);
   queue.run([](int) {},
             [&](const walk::Turn& turn) {
               const int first = turn.position * group;

@@ -1,11 +1,8 @@
 #include "cpu/walk_memory.h"
 
 #include <ATen/Context.h>
-#include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -46,11 +43,13 @@ CallMemory::Block take(std::ptrdiff_t floats) {
 }
 
 CallMemory::Block allocate(std::ptrdiff_t floats) {
-  const std::size_t bytes =
-      (static_cast<std::size_t>(floats) * sizeof(float) + kLargePage - 1) / kLargePage * kLargePage;
+  const std::size_t wanted = static_cast<std::size_t>(floats) * sizeof(float);
+  const std::size_t bytes = (wanted + kLargePage - 1) / kLargePage * kLargePage;
   void* data = std::aligned_alloc(kLargePage, bytes);
   if (!data) throw std::bad_alloc();
-  prefer_large_pages(data, bytes);
+#ifdef MADV_HUGEPAGE
+  madvise(data, bytes, MADV_HUGEPAGE);  // advice, that the system need not take
+#endif
   return {static_cast<float*>(data), static_cast<std::ptrdiff_t>(bytes / sizeof(float))};
 }
 
@@ -68,18 +67,6 @@ CallMemory::CallMemory(std::ptrdiff_t floats) : block_(take(floats)) {
 CallMemory::~CallMemory() {
   const std::lock_guard<std::mutex> lock(pool().mutex);
   pool().blocks.push_back(block_);
-}
-
-void prefer_large_pages(void* data, std::size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kLargePage - 1) / kLargePage;
-  const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kLargePage;
-  // Advice: where the system does not take it, nothing is lost but time.
-  if (begin < end)
-    madvise(reinterpret_cast<void*>(begin * kLargePage), (end - begin) * kLargePage, MADV_HUGEPAGE);
-#else
-  static_cast<void>(data), static_cast<void>(bytes);
-#endif
 }
 
 }  // namespace blockdrop::walk

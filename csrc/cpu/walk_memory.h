@@ -29,8 +29,4 @@ class CallMemory {
   Block block_;
 };
 
-// Asks the system for large pages where memory has not been touched yet. Weights of hundreds of MB
-// would otherwise need more page translations than a processor keeps.
-void prefer_large_pages(void* data, std::size_t bytes);
-
 }  // namespace blockdrop::walk

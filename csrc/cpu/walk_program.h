@@ -138,7 +138,7 @@ void Walker::look(int block, const Decide& decide) {
 
 template <class Program>
 void Walk::run(const std::vector<int>& order, int64_t max_steps, const Program& program) {
-  Queue queue(images.batch, num_threads, max_steps);
+  Queue queue(images.batch, num_threads, max_steps, 2 * num_threads);
   queue.run([&](int thread) { clear_borders(buffers_[thread]); },
             [&](const Turn& turn) {
               Walker walker(*this, buffers_[turn.slot], order[turn.position],

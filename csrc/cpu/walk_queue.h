@@ -80,11 +80,12 @@ struct Turn {
 
 class Queue {
  public:
-  // `max_steps` of one image.
-  Queue(int num_images, int num_threads, int64_t max_steps)
+  // `max_steps` of one image. `num_shared`: so many last images may be walked by several threads.
+  Queue(int num_images, int num_threads, int64_t max_steps, int num_shared)
       : num_images_(num_images),
         num_threads_(num_threads),
         max_steps_(max_steps),
+        num_shared_(num_shared),
         slots_(num_threads) {
     if (num_threads_ == 1) return;
     for (Slot& slot : slots_) slot.steps = std::make_unique<Step[]>(max_steps_);
@@ -122,7 +123,7 @@ class Queue {
       const int position = next_.fetch_add(1);
       if (position >= num_images_) break;
       own.position = position;
-      const bool together = num_threads_ > 1 && position >= num_images_ - 2 * num_threads_;
+      const bool together = num_threads_ > 1 && position >= num_images_ - num_shared_;
       if (together) {
         for (int64_t i = 0; i < max_steps_; ++i) {
           own.steps[i].claimed.store(0, std::memory_order_relaxed);
@@ -151,6 +152,7 @@ class Queue {
   const int num_images_;
   const int num_threads_;
   const int64_t max_steps_;
+  const int num_shared_;
   std::vector<Slot> slots_;
   std::atomic<int> next_{0};
 };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -252,6 +254,23 @@ def test_nan_stays_with_its_image(isa):
     for one in (logits, run_policy(executor, images)[2]):  # the policy's walk in groups
         assert one[4].isnan().all()
         assert one[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_is_kept_between_calls(threads):
+    """From the second call of a kind on, no pages are faulted in for activations."""
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+    images = random_images(3, torch.float32, 112)
+    executor = make_executor(make_network(BASIC), make_policy(images))
+    for _ in range(2):
+        executor.run_policy(images)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        executor.run_policy(images)
+    # A thread's activations are 350 pages and more.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
 
 
 def arguments(**changes):
