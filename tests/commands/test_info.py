@@ -131,7 +131,9 @@ def test_command_line_help_and_unknown_command(capsys):
 )
 def test_command_line_names_the_extra_that_is_missing(command, missing, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, f"blockdrop_fast.commands.{command}", raising=False)
+    for name in [name for name in sys.modules if name.startswith("blockdrop_fast.commands.")]:
+        if not name.endswith(".cli"):  # others may hold what is missing now
+            monkeypatch.delitem(sys.modules, name)
     assert cli.main([command, "--help"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""

