@@ -14,13 +14,14 @@ from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 class LowCostMasks(PixelGates):
     """Masks of the convolutions in blocks (Dong et al. 2017).
 
-    A 1x1 convolution to one channel beside each 3x3 convolution sees its input. Behind a ReLU it is
-    the mask: what the convolution and its batch norm give is multiplied by it, and needs no
+    A 1x1 convolution to one channel beside each 3x3 convolution sees its input. Clamped to 0…1 it
+    is the mask: what the convolution and its batch norm give is multiplied by it, and needs no
     computing where it is 0. Where the last mask of a block is 0 for all pixels, so is F_k(x): the
     block is dropped.
 
-    New masks are 1 everywhere: a trained backbone stays what it is. The authors have batch norm in
-    place of the bias, which leaves a mask no choice but to be 0 somewhere.
+    New masks are 1 everywhere: a trained backbone stays what it is. The clamp is of the authors'
+    variant v1; otherwise they have batch norm and ReLU, by which no mask is 1 or 0 throughout, and
+    without batch norm a ReLU's products grow without bounds.
 
     Args:
         backbone: architecture of the backbone, of basic blocks.
@@ -61,7 +62,7 @@ class LowCostMasks(PixelGates):
         return self.run_with(backbone, images)
 
     def run_with(self, backbone: ResNet, images: Tensor) -> PixelOutput:
-        """``run``, differentiable, also FLOPs: by the sigmoid of what the masks are before ReLU."""
+        """``run``, differentiable, also FLOPs: by the sigmoid of masks that are not clamped yet."""
         x, masks = backbone.stem(images), iter(self.masks)
         fixed = fixed_flops(backbone, tuple(images.shape[2:]))
         flops = torch.full((len(images),), fixed, dtype=torch.float64, device=images.device)
@@ -69,13 +70,13 @@ class LowCostMasks(PixelGates):
         for block, shortcut in backbone.blocks():
             first, second = next(masks), next(masks)
             wanted = first(x)
-            hidden = F.relu(block.bn1(block.conv1(x)) * F.relu(wanted))
+            hidden = F.relu(block.bn1(block.conv1(x)) * wanted.clamp(0, 1))
             flops = flops + _flops(block.conv1, first, wanted)
             wanted = second(hidden)
             flops = flops + _flops(block.conv2, second, wanted)
             keep = (wanted > 0).flatten(1).any(1)
             residual = shortcut(x)
-            kept = F.relu(residual + block.bn2(block.conv2(hidden)) * F.relu(wanted))
+            kept = F.relu(residual + block.bn2(block.conv2(hidden)) * wanted.clamp(0, 1))
             x = torch.where(keep[:, None, None, None], kept, residual)
             decisions.append(keep)
             densities.append((wanted > 0).float().mean((1, 2, 3)))
@@ -87,7 +88,7 @@ def _flops(conv: nn.Conv2d, mask: nn.Conv2d, wanted: Tensor) -> Tensor:
     """(B,) float64: of a convolution where it is wanted, and of its mask everywhere.
 
     Args:
-        wanted: (B, 1, H, W), the mask before ReLU.
+        wanted: (B, 1, H, W), the mask, not clamped yet.
     """
     soft = wanted.double().sigmoid()
     pixels = ((wanted > 0) + (soft - soft.detach())).sum((1, 2, 3))

@@ -91,7 +91,7 @@ def test_masks_pixel_by_pixel(name):
                 for i in range(y.shape[2]):
                     for j in range(y.shape[3]):
                         at = weight @ inputs[0, :, i * stride, j * stride] + mask.bias[0]
-                        y[:, :, i, j] *= max(at.item(), 0.0)
+                        y[:, :, i, j] *= min(max(at.item(), 0.0), 1.0)
                         flops += 2 * len(weight) + (2 * conv.weight.numel() if at > 0 else 0)
                 y = y if conv is block.conv2 else F.relu(y)
             x = F.relu(shortcut(x) + y)

@@ -4,7 +4,7 @@
 
 Dong et al. 2017, from a trained backbone, see ``LowCostMasks``. The authors' loss is the cross
 entropy alone, and sparsity is what comes of it; here the share of the complete network's FLOPs has
-a weight, so that it can be chosen (straight-through: as if masks were the sigmoid before ReLU).
+a weight, so that it can be chosen (straight-through: as if masks were sigmoids).
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ def test_it_learns_and_counts(trained, backbone):
     assert report["test_densities"] == row["test_densities"]
 
 
+@pytest.mark.slow
 def test_the_weight_dials_what_is_computed(trained, tmp_path):
     stage, config = trained
     name = "sparsity" if stage is lccl else "tau"
