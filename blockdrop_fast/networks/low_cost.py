@@ -62,7 +62,7 @@ class LowCostMasks(PixelGates):
         return self.run_with(backbone, images)
 
     def run_with(self, backbone: ResNet, images: Tensor) -> PixelOutput:
-        """``run``, differentiable, also FLOPs: by the sigmoid of masks that are not clamped yet."""
+        """``run``, differentiable, also FLOPs: as if masks that are not clamped yet were counts."""
         x, masks = backbone.stem(images), iter(self.masks)
         fixed = fixed_flops(backbone, tuple(images.shape[2:]))
         flops = torch.full((len(images),), fixed, dtype=torch.float64, device=images.device)
@@ -90,6 +90,6 @@ def _flops(conv: nn.Conv2d, mask: nn.Conv2d, wanted: Tensor) -> Tensor:
     Args:
         wanted: (B, 1, H, W), the mask, not clamped yet.
     """
-    soft = wanted.double().sigmoid()
+    soft = wanted.double().clamp(min=0)
     pixels = ((wanted > 0) + (soft - soft.detach())).sum((1, 2, 3))
     return 2 * (conv.weight.numel() * pixels + mask.weight.numel() * wanted[0].numel())

@@ -172,7 +172,7 @@ class Lccl(Pixels):
     """LCCL: train masks of pixels for which convolutions are computed, and the backbone."""
 
     out: Path = Path("runs/lccl")
-    sparsity: float = 0.5
+    sparsity: float = 1.0
     """Weight of the share of the complete network's FLOPs that are left; 0: the authors' loss."""
     epochs: int = 350
     """Paper: 350, batches of 128."""

@@ -1,10 +1,10 @@
 """Low-cost collaborative layers: cheap masks say for which pixels a convolution is computed.
 
-    python -m train lccl --preset quick --data DIR --model backbone.safetensors --sparsity 0.5
+    python -m train lccl --preset quick --data DIR --model backbone.safetensors --sparsity 1
 
 Dong et al. 2017, from a trained backbone, see ``LowCostMasks``. The authors' loss is the cross
 entropy alone, and sparsity is what comes of it; here the share of the complete network's FLOPs has
-a weight, so that it can be chosen (straight-through: as if masks were sigmoids).
+a weight, so that it can be chosen (straight-through: as if masks were shares of pixels).
 """
 
 from __future__ import annotations

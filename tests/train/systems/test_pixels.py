@@ -18,7 +18,10 @@ from train.systems.pixels import evaluate_pixels
 from train.systems.sact import sact
 
 SMALL = FEW | {"epochs": 3, "batch_size": 16, "lr": 0.02, "policy_lr": 0.03}
-STAGES = {"lccl": (lccl, Lccl(sparsity=1.0, **SMALL)), "sact": (sact, Sact(tau=0.1, **SMALL))}
+STAGES = {
+    "lccl": (lccl, Lccl(sparsity=2.0, **SMALL | {"policy_lr": 0.05})),
+    "sact": (sact, Sact(tau=0.1, **SMALL)),
+}
 
 
 def last_row(out):
@@ -65,7 +68,7 @@ def test_the_weight_dials_what_is_computed(trained, tmp_path):
     name = "sparsity" if stage is lccl else "tau"
     going_on = replace(config, model=config.out / "model.safetensors", out=tmp_path, epochs=2)
     flops = []
-    for weight in (0.0, 10.0):
+    for weight in (0.0, 50.0):
         stage(replace(going_on, out=tmp_path / str(weight), **{name: weight}))
         flops.append(last_row(tmp_path / str(weight))["test_flops"])
     assert flops[1] < 0.95 * flops[0]
