@@ -30,10 +30,9 @@ from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.resnet import ResNet, resnet_cifar
 from blockdrop_fast.networks.sequential import SequentialPolicy
 
-# The share of images that keep a block, in turn: of each 9 blocks 3 are kept, as 17 of 54 are.
-KEEP = (0.0, 0.5, 0.0, 1.0, 0.5, 0.0, 0.5, 0.0, 0.5)
+KEEP = 0.315  # the share of images that keep a block
 # Scores of which about 6 make a segment halt, and how much their logits differ between images.
-HALTING_LOGIT, HALTING_SPREAD = -1.5, 0.8
+HALTING_LOGIT, HALTING_SPREAD = -2.5, 3.0
 # Blocks of 54 behind which there are exits, and the share of the images that arrive which leave.
 EXITS = ((10, 0.15), (14, 0.3), (17, 0.4), (21, 0.6), (25, 1.0))
 
@@ -83,7 +82,7 @@ def _sequential(backbone: ResNet, images: Tensor) -> SequentialPolicy:
     policy = SequentialPolicy(backbone.config)
 
     def choose(k: int, logit: Tensor) -> Tensor:
-        threshold = _threshold(logit, KEEP[k % len(KEEP)])
+        threshold = _threshold(logit, KEEP)
         policy.gates[k].bias -= threshold
         return logit >= threshold
 
@@ -136,7 +135,7 @@ def _look(backbone: ResNet, images: Tensor) -> LookPolicy:
     policy = LookPolicy(backbone.config, after=min(2, backbone.config.layers[0])).eval()
     logits = BlockDrop(backbone, policy).eval().policy_logits(images)
     for k in range(policy.num_blocks):
-        policy.fc.bias[k] -= _threshold(logits[:, k], KEEP[k % len(KEEP)])
+        policy.fc.bias[k] -= _threshold(logits[:, k], KEEP)
     return policy
 
 
