@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -611,6 +611,10 @@ def _own_cascade(tensors: Tensors, metadata: Mapping, path: Path) -> Cascade:
 def _own_member(tensors: Tensors, metadata: Mapping, n: int, path: Path) -> Member:
     """Network n of a cascade; its policy, if it has one, is a set of blocks."""
     stored, own = metadata["cascade"][n], _own_part(tensors, f"networks.{n}.")
+    if isinstance(stored, str):
+        if own or stored not in pretrained():
+            raise ValueError(f"cascade: expected one of {', '.join(pretrained())}, got {stored!r}")
+        return load_any(PRETRAINED / f"{stored}.safetensors")
     fixed = "backbone" in stored
     config = stored["backbone"] if fixed else stored
     backbone = _own_backbone(
@@ -670,16 +674,29 @@ def load_any(path: str | os.PathLike) -> BlockDrop | Cascade | ResNet:
     return load(path) if has_policy else load_backbone(path)
 
 
-def save(model: BlockDrop | ResNet | Cascade, path: str | os.PathLike) -> None:
+def save(
+    model: BlockDrop | ResNet | Cascade,
+    path: str | os.PathLike,
+    networks: Sequence[str] | None = None,
+) -> None:
     """Write a BlockDrop model, a bare backbone or a cascade as safetensors, atomically.
 
     The architectures, what the policy looks at, its menu, and the normalisation of the images go
     into the file's metadata as JSON, so that ``load`` needs nothing else.
 
+    Args:
+        model: to write.
+        path: of the file.
+        networks: of a cascade whose networks come with the package: their names, which are written
+            in their place.
+
     Raises:
         TypeError: ``model`` is none of these.
+        ValueError: ``networks`` that are not the cascade's.
         OSError: the file cannot be written; an earlier file at ``path`` is then untouched.
     """
+    if networks is not None:
+        _check_names(model, networks)
     state = model.state_dict() if isinstance(model, nn.Module) else {}
     if isinstance(model, BlockDrop):
         backbone = model.backbone
@@ -690,6 +707,8 @@ def save(model: BlockDrop | ResNet | Cascade, path: str | os.PathLike) -> None:
     elif isinstance(model, Cascade):
         backbone = backbone_of(model.networks[0])
         parts = {"cascade": [_member_metadata(one) for one in model.networks]}
+        if networks is not None:
+            parts, state = {"cascade": list(networks)}, {"rules": model.rules}
     else:
         raise TypeError(
             f"model: expected a BlockDrop, ResNet or Cascade, got {type(model).__name__}"
@@ -705,6 +724,21 @@ def save(model: BlockDrop | ResNet | Cascade, path: str | os.PathLike) -> None:
     }
     with atomic_write(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
+
+
+def _check_names(model: nn.Module, networks: Sequence[str]) -> None:
+    own = list(model.networks) if isinstance(model, Cascade) else []
+    same = len(networks) == len(own) and set(networks) <= set(pretrained())
+    for one, name in zip(own, networks, strict=True) if same else ():
+        shipped = load_any(PRETRAINED / f"{name}.safetensors").state_dict()
+        state = one.state_dict()
+        same &= shipped.keys() == state.keys()
+        same = same and all(torch.equal(shipped[key], state[key].cpu()) for key in shipped)
+    if not same:
+        raise ValueError(
+            f"networks: expected names of the cascade's networks, out of "
+            f"{', '.join(pretrained())}, got {list(networks)}"
+        )
 
 
 def _member_metadata(network: Member) -> dict[str, Any]:

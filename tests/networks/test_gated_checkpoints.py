@@ -70,6 +70,25 @@ def test_cascade_round_trip(path):
             load(path)
 
 
+@torch.no_grad()
+def test_cascade_of_models_that_come_with_the_package(path):
+    names = ["static32-cifar10-jpeg", "resnet32-cifar10-jpeg"]
+    cascade = bdf.Cascade([load_any(name) for name in names]).eval()
+    cascade.set_thresholds([0.9])
+    bdf.save(cascade, path, networks=names)
+    assert path.stat().st_size < 4096
+    same_state(bdf.load(path), cascade)
+    for wrong in (names[::-1], names[:1], ["resnet32-cifar10-jpeg", "nowhere"]):
+        with pytest.raises(ValueError, match="networks: expected names of the cascade's networks"):
+            bdf.save(cascade, path, networks=wrong)
+    with pytest.raises(ValueError, match="networks: expected names"):
+        bdf.save(cascade.networks[1], path, networks=names)
+    same_state(bdf.load(path), cascade)
+    change(path, lambda metadata, _: metadata.update(cascade=[names[0], "/etc/passwd"]))
+    with pytest.raises(CheckpointError, match=r"cascade: expected one of .* got '/etc/passwd'"):
+        bdf.load(path)
+
+
 def change(path, edit):
     """Rewrite a file whose metadata and tensors ``edit`` has changed."""
     with safetensors.safe_open(path, "pt") as file:

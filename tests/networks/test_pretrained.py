@@ -5,12 +5,14 @@ import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import IMAGENET_NORMALIZATION
+from blockdrop_fast.networks.cascade import blocks_of
 
 
 def test_names():
     kinds = [("blockdrop", 32), ("blockdrop", 56), ("resnet", 32), ("resnet", 56)]
     kinds += [("static", 32), ("static", 56)]
-    assert bdf.pretrained() == tuple(f"{kind}{depth}-cifar10-jpeg" for kind, depth in kinds)
+    names = [f"{kind}{depth}-cifar10-jpeg" for kind, depth in kinds]
+    assert bdf.pretrained() == tuple(sorted([*names, "cascade-cifar10-jpeg"]))
 
 
 @pytest.mark.parametrize(("depth", "policies"), [(32, 2), (56, 2)])
@@ -41,6 +43,18 @@ def test_one_set_by_name(depth, blocks):
 @pytest.mark.parametrize(("depth", "blocks"), [(32, 15), (56, 27)])
 def test_backbone_by_name(depth, blocks):
     assert bdf.load_backbone(f"resnet{depth}-cifar10-jpeg").num_blocks == blocks
+
+
+def test_cascade_by_name(tmp_path, monkeypatch):
+    """Of the models that come with the package, whatever else is called like them."""
+    monkeypatch.chdir(tmp_path)
+    bdf.save(bdf.resnet_cifar(8), "resnet56-cifar10-jpeg")
+    cascade = bdf.load("cascade-cifar10-jpeg").eval()
+    blocks = [blocks_of(network) for network in cascade.networks]
+    assert blocks == [5, 7, 27]
+    images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    decisions = bdf.compile(cascade)(images).decisions
+    assert len(decisions.unique(dim=0)) == 3
 
 
 def test_a_file_of_that_name_goes_first(tmp_path, monkeypatch):

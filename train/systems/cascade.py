@@ -54,7 +54,9 @@ def cascade(config: Cascade) -> None:
     metrics = summary(report)
     print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     config.out.mkdir(parents=True, exist_ok=True)
-    bdf.save(model, config.out / MODEL_FILE)
+    names = [str(path) for path in config.networks]
+    shipped = set(names) <= set(bdf.pretrained())
+    bdf.save(model, config.out / MODEL_FILE, networks=names if shipped else None)
     with atomic_write(config.out / METRICS_FILE) as path:
         path.write_text(json.dumps([metrics | report], indent=1))
 
