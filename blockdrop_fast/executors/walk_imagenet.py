@@ -60,10 +60,7 @@ class WalkImageNetExecutor(Executor):
             _check_network(policy)
         except (TypeError, ValueError):
             return False
-        # In the last segment an image has few pixels: plain weights are read in less time than
-        # Winograd's form saves.
-        winograd = 0 if self._compact else len(policy.config.layers) - 1
-        *described, _, winograd = pack(policy, winograd)
+        *described, _, winograd = pack(policy, 0 if self._compact else len(policy.config.layers))
         self._policy = (*described, winograd, pool)
         return True
 

@@ -5,7 +5,6 @@
 
 #include "cpu/walk_imagenet.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ge.h>
@@ -13,8 +12,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -27,10 +24,6 @@
 
 namespace blockdrop::walk_imagenet {
 namespace {
-
-// A policy network's images walk together: its last layers have 16 pixels an image, and take
-// longer to read their weights than to multiply by them. Four images stay in the L2 cache.
-constexpr int kPolicyGroup = 4;
 
 const Kernels& choose_kernels() {
   switch (walk::choose_isa()) {
@@ -51,7 +44,7 @@ const Kernels& choose_kernels() {
 class PathProgram {
  public:
   PathProgram(Walker& walker,
-              const walk::Path* paths,  // [num_sets], of each image of the group
+              const walk::Path* paths,  // [num_sets], of every image of the group
               int num_sets, float* logits)
       : walker_(walker), paths_(paths), num_sets_(num_sets), logits_(logits) {}
 
@@ -129,38 +122,23 @@ int64_t max_steps(const Network& network, int num_sets) {
 }
 
 // decisions: [S, B, K] contiguous -> logits [S, B, num_classes]
-at::Tensor run_network(const Network& network, const walk::Images& images,
+at::Tensor run_network(const Network& network, const walk::Images& images, int pool,
                        const at::Tensor& decisions) {
   const int num_sets = static_cast<int>(decisions.size(0));
   at::Tensor logits = at::empty({num_sets, images.batch, network.num_classes}, at::kFloat);
   if (logits.numel() == 0) return logits;
-  const std::vector<walk::Path> paths = walk::order_paths(
-      decisions.const_data_ptr<bool>(), num_sets, images.batch, network.num_blocks);
+  const bool* keep = decisions.const_data_ptr<bool>();
+  const std::vector<walk::Path> paths =
+      walk::order_paths(keep, num_sets, images.batch, network.num_blocks);
+  const bool complete =
+      num_sets == 1 && std::all_of(keep, keep + decisions.numel(), [](bool one) { return one; });
   float* data = logits.mutable_data_ptr<float>();
-  Walk(choose_kernels(), network, images, 1, 1, num_sets - 1)
+  Walk(choose_kernels(), network, images, pool, complete, num_sets - 1)
       .run(walk::order_images(paths, num_sets, images.batch, network.num_blocks),
            max_steps(network, num_sets), [&](Walker& walker) {
-             const walk::Path* own = &paths[static_cast<size_t>(walker.images[0]) * num_sets];
-             PathProgram(walker, own, num_sets, data).run();
+             const walk::Path* first = &paths[static_cast<size_t>(walker.images[0]) * num_sets];
+             PathProgram(walker, first, num_sets, data).run();
            });
-  return logits;
-}
-
-// All blocks of all images: logits [B, num_classes].
-at::Tensor run_policy_network(const Network& network, const walk::Images& images, int pool) {
-  at::Tensor logits = at::empty({images.batch, network.num_classes}, at::kFloat);
-  if (images.batch == 0) return logits;
-  const std::unique_ptr<bool[]> keep(new bool[network.num_blocks]);
-  std::fill_n(keep.get(), network.num_blocks, true);
-  const walk::Path path{keep.get(), 0, 0, 0};
-  std::vector<int> order(images.batch);
-  std::iota(order.begin(), order.end(), 0);
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const int group = std::clamp((images.batch + threads - 1) / threads, 1, kPolicyGroup);
-  float* data = logits.mutable_data_ptr<float>();
-  Walk(choose_kernels(), network, images, pool, group, 0)
-      .run(order, max_steps(network, 1),
-           [&](Walker& walker) { PathProgram(walker, &path, 1, data).run(); });
   return logits;
 }
 
@@ -175,8 +153,8 @@ at::Tensor walk_imagenet(const at::Tensor& images, const at::Tensor& decisions,
   const walk::Images batch = read_images(images);
   check_decisions(decisions, batch.batch, network.num_blocks);
   const at::Tensor contiguous = decisions.contiguous();
-  if (decisions.dim() == 3) return run_network(network, batch, contiguous);
-  return run_network(network, batch, contiguous.unsqueeze(0)).squeeze(0);
+  if (decisions.dim() == 3) return run_network(network, batch, 1, contiguous);
+  return run_network(network, batch, 1, contiguous.unsqueeze(0)).squeeze(0);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_imagenet_policy(
@@ -194,9 +172,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_imagenet_policy(
   TORCH_CHECK_VALUE(pool >= 1 && pool <= std::min(batch.height, batch.width),
                     "pool: expected 1 to the images' size, got ", pool, " for ", batch.height, "x",
                     batch.width);
-  const at::Tensor policy_logits = run_policy_network(policy, batch, static_cast<int>(pool));
+  at::Tensor all_blocks = at::empty({1, batch.batch, policy.num_blocks}, at::kBool);
+  all_blocks.fill_(true);
+  const at::Tensor policy_logits =
+      run_network(policy, batch, static_cast<int>(pool), all_blocks).squeeze(0);
   const at::Tensor decisions = at::ge(policy_logits, 0);
-  return {run_network(network, batch, decisions.unsqueeze(0)).squeeze(0), decisions, policy_logits};
+  return {run_network(network, batch, 1, decisions.unsqueeze(0)).squeeze(0), decisions,
+          policy_logits};
 }
 
 }  // namespace

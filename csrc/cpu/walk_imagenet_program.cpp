@@ -13,6 +13,10 @@ constexpr int kMaxThreadsPerGroup = 16;
 // A part of fewer rows reads all of its weights for little.
 constexpr int kMinRows = 14;
 constexpr int kAlignment = 16;  // floats
+// In a small network's last layers, of 16 pixels an image, say, it takes longer to read the weights
+// than to multiply by them: several images share them, while all of their activations stay in L2.
+constexpr Index kGroupFloats = 200 * 1024;
+constexpr int kMaxGroup = 4;
 
 int useful_threads(int batch, int group) {
   const int64_t useful = int64_t{(batch + group - 1) / group} * kMaxThreadsPerGroup;
@@ -49,13 +53,8 @@ class Memory {
 }  // namespace
 
 Walk::Walk(const Kernels& kernels, const Network& network, const walk::Images& images, int pool,
-           int group, int num_spare)
-    : kernels(kernels),
-      network(network),
-      images(images),
-      pool(pool),
-      group(group),
-      num_threads(useful_threads(images.batch, group)) {
+           bool alike, int num_spare)
+    : kernels(kernels), network(network), images(images), pool(pool) {
   image_ = {images.height / pool, images.width / pool};
   Size size{halved(halved(image_.height)), halved(halved(image_.width))};
   for (int segment = 0; segment < network.num_segments; ++segment) {
@@ -67,17 +66,31 @@ Walk::Walk(const Kernels& kernels, const Network& network, const walk::Images& i
     const int x = x_before_.back();
     x_before_.push_back(block.projection.weights ? 1 - x : x);
   }
+  if (alike) {
+    const int threads = useful_threads(images.batch, 1);
+    const auto fitting = static_cast<int>(std::min<Index>(kGroupFloats / x_size(), kMaxGroup));
+    group = std::clamp((images.batch + threads - 1) / threads, 1, std::max(fitting, 1));
+  }
+  num_threads = useful_threads(images.batch, group);
   buffers_.resize(num_threads);
   allocate(num_spare);
 }
 
+// Floats of one image's largest input of a block or the classifier.
+Index Walk::x_size() const {
+  Index size = 0;
+  for (int block = 0; block <= network.num_blocks; ++block) {
+    size = std::max(size, panels_before(block) * kPanel * size_before(block).pixels());
+  }
+  return size;
+}
+
 // All of it at once, so that calls of a kind take the same memory each time.
 void Walk::allocate(int num_spare) {
-  Index x = 0, hidden = 0;
-  for (int block = 0; block <= network.num_blocks; ++block) {
+  const Index x = x_size() * group;
+  Index hidden = 0;
+  for (int block = 0; block < network.num_blocks; ++block) {
     const Index panel = size_before(block).pixels() * kPanel * group;
-    x = std::max(x, panels_before(block) * panel);
-    if (block == network.num_blocks) break;
     hidden = std::max(hidden, network.blocks[block].convs[0].out_panels * panel);
   }
   const Index of_group = Index{kPanel} * group;

@@ -53,10 +53,10 @@ class Walker;
 // One call of an operator.
 class Walk {
  public:
-  // Images are average-pooled by `pool` first. `group`: images at once, at most. `num_spare`:
-  // buffers that the program needs beside those of every walk.
+  // Images are average-pooled by `pool` first. `alike`: all keep the same blocks, and may walk in
+  // groups. `num_spare`: buffers that the program needs beside those of every walk.
   Walk(const Kernels& kernels, const Network& network, const walk::Images& images, int pool,
-       int group, int num_spare);
+       bool alike, int num_spare);
 
   // Calls program(Walker&) for every group, of images in this `order`; one that several threads
   // walk together gets as many calls at once. `max_layers`: that a group takes, input, copies and
@@ -68,8 +68,8 @@ class Walk {
   const Network& network;
   const walk::Images& images;
   const int pool;
-  const int group;
-  const int num_threads;
+  int group = 1;  // images, at most
+  int num_threads;
 
   // Of the images, pooled, and of the input of `block` (for num_blocks: of the classifier).
   Size image_size() const { return image_; }
@@ -81,6 +81,7 @@ class Walk {
   int x_before(int block) const { return x_before_[block]; }
 
  private:
+  Index x_size() const;
   void allocate(int num_spare);
   Index scratch_size() const;
 
