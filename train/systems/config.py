@@ -212,7 +212,7 @@ _PAPER = {stage: config() for stage, config in SYSTEMS.items()}
 _QUICK = _PAPER | {
     "exits": Exits(epochs=4, lr=0.05),
     "lccl": Lccl(epochs=8, lr=0.02),
-    "sact": Sact(epochs=6, lr=0.02),
+    "sact": Sact(epochs=6, lr=0.02, tau=0.1),
     "pfec": Pfec(epochs=5, batch_size=128, schedule="one_cycle", lr=0.02),
     "halting": Halting(epochs=6, lr=0.05, tau=0.1),
     "sequential": Sequential(

@@ -1,6 +1,6 @@
 """SACT: every position of an image leaves each segment when it has run long enough.
 
-    python -m train sact --preset quick --data DIR --model backbone.safetensors --tau 0.01
+    python -m train sact --preset quick --data DIR --model backbone.safetensors --tau 0.1
 
 Figurnov et al. 2017, section 3.2, from a trained backbone: the stage ``halting`` for each position,
 see ``SpatialHaltingPolicy``. The loss is the cross entropy and tau times the mean position's ponder
