@@ -35,6 +35,7 @@ from blockdrop_fast.measure.tolerance import (
     make_output_reference,
     make_reference,
 )
+from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.checkpoints import locate
 from train.config import Common
 from train.loop import EVALUATION_BATCH, normalization_of, plain_batches, prepare
@@ -224,6 +225,7 @@ class Row:
     Attributes:
         system, evaluation: which, and what it does on the test split.
         routed: whether a policy decides.
+        cascade: whether its blocks are networks.
         strategy: how its engine executes.
         samples: see ``time_systems``; empty if it was not timed.
         ahead_at_flops, ahead_at_blocks: accuracy over that of the rival's systems, interpolated
@@ -233,6 +235,7 @@ class Row:
     system: System
     evaluation: Evaluation
     routed: bool
+    cascade: bool
     strategy: str
     samples: dict[int, list[list[float]]] = field(default_factory=dict)
     ahead_at_flops: float | None = None
@@ -273,6 +276,8 @@ def compare(rows: Sequence[Row], loaded: Sequence[Loaded]) -> list[Row]:
             )
             for cost in ("flops", "block_usage")
         )
+        if isinstance(one.engine.model, Cascade):
+            at_blocks = None  # those are networks
         compared.append(replace(row, ahead_at_flops=at_flops, ahead_at_blocks=at_blocks))
     return compared
 
@@ -318,7 +323,8 @@ def table(rows: Sequence[Row]) -> str:
                 system.name,
                 "" if system.epochs is None else str(system.epochs),
                 f"{100 * found.accuracy:.2f} ± {100 * row.standard_error:.2f}",
-                f"{found.block_usage:.2f} ± {found.block_usage_std:.2f} of {found.num_blocks}",
+                f"{found.block_usage:.2f} ± {found.block_usage_std:.2f} of {found.num_blocks}"
+                + (" networks" if row.cascade else ""),
                 f"{found.flops / 1e6:.2f}",
                 f"{found.effective_policies:.1f}",
                 f"{gain} ± {100 * found.routing_gain_std:.2f}" if gain else "",
@@ -364,7 +370,14 @@ def run(arguments: Arguments) -> None:
     if arguments.times:
         samples = time_systems(loaded, dataset.test, arguments.rounds)
     rows = [
-        Row(one.system, evaluation, one.keep is None, one.engine.strategy, times)
+        Row(
+            one.system,
+            evaluation,
+            one.keep is None,
+            isinstance(one.engine.model, Cascade),
+            one.engine.strategy,
+            times,
+        )
         for one, evaluation, times in zip(loaded, evaluations, samples, strict=True)
     ]
     rows = in_order(compare(rows, loaded))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import get_type_hints
 
 import torch
@@ -151,7 +152,9 @@ def _load(system: System, dataset: Dataset, engines: dict[tuple[str, bool], bdf.
     elif system.heuristic is not None:
         rule = getattr(bdf.heuristics, system.heuristic)
         decisions = rule(system.k, engine.config.layers, 1)
-    elif policy is not None and not isinstance(policy, bdf.FixedPolicy):
+    elif isinstance(engine.model, bdf.Cascade) or not isinstance(
+        policy, (bdf.FixedPolicy, NoneType)
+    ):
         return Loaded(system, engine, None)
     return Loaded(system, engine, decisions.repeat(EVALUATION_BATCH, 1))
 

@@ -86,7 +86,16 @@ def models(test_split):
         "look": look,
         "fixed": bdf.BlockDrop(backbone, bdf.FixedPolicy(torch.tensor(SETS["fixed"]).bool())),
         "small": small,
+        "cascade": cascade_of(small, backbone, images),
     }
+
+
+def cascade_of(small, large, images):
+    """Half of the images stay at the small network."""
+    cascade = bdf.Cascade([small, large]).eval()
+    with torch.no_grad():
+        cascade.set_thresholds([small(images).softmax(1).max(1).values.median().item()])
+    return cascade
 
 
 @pytest.fixture
@@ -109,6 +118,7 @@ SYSTEMS = [
     system("at 2.5", "menu", "menu", budget=2.5, rival="full"),
     system("at 3", "menu", "menu", rival="sets"),
     system("look", "look", "look", rival="sets"),
+    system("both", "cascade", "cascade", rival="full"),
     system("three", "full", "small"),
     system("a set", "sets", keep="keep.json"),
     system("first", "sets", "menu", heuristic="first_k", k=1),
@@ -138,7 +148,7 @@ def test_accuracy_and_cost(files, data, models, test_split, capsys):
     result = run(files, data)
     found = by_name(result)
     assert [*found] == [
-        *("three", "five", "routed", "at 2.5", "at 3", "look"),
+        *("three", "five", "routed", "at 2.5", "at 3", "look", "both"),
         *("first", "fixed", "two of three", "a set", "spread"),
     ]
     with torch.no_grad():
@@ -147,6 +157,7 @@ def test_accuracy_and_cost(files, data, models, test_split, capsys):
             "at 2.5": (models["menu"], models["menu"](images, 2.5)),
             "at 3": (models["menu"], models["menu"](images)),
             "look": (models["look"], models["look"](images)),
+            "both": (models["cascade"], models["cascade"](images)),
         }
         for name, keep in SETS.items():
             decisions = torch.tensor([keep]).expand(IMAGES, -1)
@@ -162,6 +173,7 @@ def test_accuracy_and_cost(files, data, models, test_split, capsys):
         assert one["evaluation"]["flops"] == pytest.approx(cost, rel=0.02)
         assert one["routed"] == (name not in SETS)
     assert found["at 2.5"]["evaluation"]["routing_images"] == IMAGES
+    assert found["both"]["ahead_at_blocks"] is None  # those are networks
     assert result["images"] == IMAGES
     assert result["machine"]["torch"] == torch.__version__
     assert result["command"].startswith("python -m benchmarks.frontier")
@@ -383,7 +395,7 @@ def test_names_do_not_cover_each_other(tmp_path, monkeypatch):
         )
         samples = {64: [[cost * 1e-4]], 1: [[cost * 1e-4]]}
         named = System(f"group {group}, system {index}", f"group {group}", "")
-        return Row(named, evaluation, False, "walk", samples)
+        return Row(named, evaluation, False, False, "walk", samples)
 
     placed, place = [], frontier_figure.label_points
 
