@@ -25,7 +25,10 @@ def heuristics(config: Heuristics) -> None:
         raise ValueError("model: a BlockDrop or backbone checkpoint is required")
     device, dataset = prepare(config)
     model = load_any(config.model)
-    engine = bdf.compile(model.to(device, memory_format=torch.channels_last))
+    try:
+        engine = bdf.compile(model.to(device, memory_format=torch.channels_last))
+    except TypeError as error:  # masks of pixels, which no engine runs
+        raise ValueError(f"model: {config.model}: {error}") from None
     segments = engine.config.layers
     rows = {}
     keep = config.keep

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import blockdrop_fast as bdf
+from blockdrop_fast.networks.low_cost import LowCostMasks
 from tests.random_networks import make_look_model
 from tests.train.conftest import FEW
 from train import curriculum as curriculum_module
@@ -268,6 +269,13 @@ def test_heuristics_are_compared_at_the_policy_s_usage(with_policy, tmp_path):
     assert rows["FirstK"]["block_usage"] == rows["DistributeK"]["block_usage"] == 2
     assert rows["FirstK"]["keep_rates"] == [1, 1, 0]
     assert rows["all blocks"]["block_usage"] == 3
+
+
+def test_heuristics_of_what_no_engine_runs(tmp_path):
+    backbone = bdf.resnet_cifar(8)
+    bdf.save(bdf.BlockDrop(backbone, LowCostMasks(backbone.config)), tmp_path / "masks.safetensors")
+    with pytest.raises(ValueError, match=r"model: .*masks\.safetensors: "):
+        heuristics(Heuristics(model=tmp_path / "masks.safetensors", out=tmp_path / "out", keep=2))
 
 
 def test_stochastic_depth_rates():
