@@ -488,7 +488,7 @@ def test_unsupported_networks():
 def half_walk_engine(monkeypatch):
     """Compiles engines as on a GPU, but on the CPU, where the operator's reference runs."""
     monkeypatch.setattr(choice, "_why_no_walk_kernels", lambda device: "")
-    monkeypatch.setattr(choice, "_make_walk", WalkHalfExecutor)
+    monkeypatch.setattr(choice, "_make_walk", lambda network, *_: WalkHalfExecutor(network))
     return engine.compile
 
 
