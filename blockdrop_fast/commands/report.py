@@ -23,7 +23,7 @@ from blockdrop_fast.measure.evaluation import evaluate
 from blockdrop_fast.measure.tolerance import CHECKED_IMAGES, make_output_reference, make_reference
 from blockdrop_fast.networks.blockdrop import BlockDrop
 
-ROUTING_IMAGES = 2000
+ROUTING_IMAGES = 10_000
 TIMED_IMAGES = 256
 ROUNDS = 9
 
