@@ -3,7 +3,7 @@
 #
 #   make demo                   train a small BlockDrop end to end and time it
 #   make test                   the tests
-#   make quick                  the quick ones, in a minute
+#   make quick                  the quick ones, in three minutes
 #   make test PYTHON=python3.12 TORCH=2.11.0    with another Python or torch (after make clean)
 
 PYTHON ?= python3
@@ -55,7 +55,7 @@ test: install ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # One thread is as fast on such small networks, and does not wait for a core that others use.
-quick: install ## run the tests that end in a minute
+quick: install ## run the quick tests, three minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_FLAGS)
 
 # The sanitizers' runtime has to be loaded before Python; libstdc++ with it, so that it finds the
