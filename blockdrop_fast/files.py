@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,21 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new_file(out: Path, suffixes: Sequence[str]) -> None:
+    """Raise before any work is done unless a file of this name can be written.
+
+    Raises:
+        ValueError: its name ends otherwise.
+        FileNotFoundError: its folder does not exist.
+    """
+    if out.suffix not in suffixes:
+        *first, last = suffixes
+        endings = f"{', '.join(first)} or {last}" if first else last
+        raise ValueError(f"out: expected a name that ends in {endings}, got {str(out)!r}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"out: the folder {str(out.parent)!r} does not exist")
 
 
 def _umask() -> int:

@@ -31,6 +31,7 @@ from blockdrop_fast.measure.static_line import (
     default_images,
     line_file,
 )
+from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.checkpoints import load_any
 from blockdrop_fast.networks.resnet import ResNet
 
@@ -183,6 +184,23 @@ def prepare(
     if normalization is None:
         print(f"{checkpoint} does not say how to normalise images: they are left in 0…1")
         normalization = NO_NORMALIZATION
+    return engine, dataset, normalization
+
+
+def prepare_policy(
+    checkpoint: Path, data: Path | None, strategy: str, limit: int | None, device: str
+) -> tuple[Engine, Dataset, Normalization]:
+    """``prepare`` for commands that show what a policy decides.
+
+    Raises:
+        ValueError: as of ``prepare``; there is no policy that decides on blocks.
+    """
+    engine, dataset, normalization = prepare(checkpoint, data, strategy, limit, device)
+    if not isinstance(engine.model, BlockDrop):
+        raise ValueError(
+            f"checkpoint: {checkpoint} holds no policy that keeps blocks and drops others; "
+            "expected a BlockDrop model"
+        )
     return engine, dataset, normalization
 
 

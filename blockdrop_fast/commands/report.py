@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional
 
-from blockdrop_fast.commands.evaluate import prepare, static_accuracies
+from blockdrop_fast.commands.evaluate import prepare_policy, static_accuracies
 from blockdrop_fast.commands.outcomes import collect
 from blockdrop_fast.commands.report_page import Findings, Latency, page
 from blockdrop_fast.data.batches import Batches, batches_of
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet, Normalization
 from blockdrop_fast.engine import Engine, compile
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import atomic_write, check_new_file
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.evaluation import evaluate
 from blockdrop_fast.measure.tolerance import CHECKED_IMAGES, make_output_reference, make_reference
-from blockdrop_fast.networks.blockdrop import BlockDrop
 
 ROUTING_IMAGES = 10_000
 TIMED_IMAGES = 256
@@ -53,17 +52,9 @@ def command(
         device: cpu, cuda, …; auto takes a GPU where there is one.
         batches: batch sizes to time; none: no times.
     """
-    if out.suffix != ".html":
-        raise ValueError(f"out: expected a name that ends in .html, got {str(out)!r}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"out: the folder {str(out.parent)!r} does not exist")
-    engine, dataset, normalization = prepare(checkpoint, data, strategy, limit, device)
+    check_new_file(out, (".html",))
+    engine, dataset, normalization = prepare_policy(checkpoint, data, strategy, limit, device)
     split = dataset.test
-    if not isinstance(engine.model, BlockDrop):
-        raise ValueError(
-            f"checkpoint: {checkpoint} holds no policy, all images use all blocks; expected a "
-            "BlockDrop model"
-        )
     if any(not 1 <= batch <= len(split) for batch in batches):
         raise ValueError(f"batches: expected 1 to {len(split)} images each, got {batches}")
 

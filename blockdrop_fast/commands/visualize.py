@@ -14,11 +14,10 @@ from matplotlib.figure import Figure, SubFigure
 from tyro.conf import Positional
 
 from blockdrop_fast.commands.charts import draw_accuracy, draw_keep_rates, draw_usage
-from blockdrop_fast.commands.evaluate import prepare
+from blockdrop_fast.commands.evaluate import prepare_policy
 from blockdrop_fast.commands.outcomes import Results, choose_examples, collect, images_of
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
-from blockdrop_fast.files import atomic_write
-from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.files import atomic_write, check_new_file
 
 EXAMPLES = 8
 SMALL_IMAGE = 64  # pixels; smaller ones are drawn with their pixels visible
@@ -44,17 +43,9 @@ def command(
         limit: use only so many test images, drawn at random.
         device: cpu, cuda, …; auto takes a GPU where there is one.
     """
-    if out.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"out: expected a name that ends in .png, .pdf or .svg, got {str(out)!r}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"out: the folder {str(out.parent)!r} does not exist")
-    engine, dataset, normalization = prepare(checkpoint, data, strategy, limit, device)
+    check_new_file(out, (".png", ".pdf", ".svg"))
+    engine, dataset, normalization = prepare_policy(checkpoint, data, strategy, limit, device)
     split = dataset.test
-    if not isinstance(engine.model, BlockDrop):
-        raise ValueError(
-            f"checkpoint: {checkpoint} holds no policy that keeps blocks and drops others; "
-            "expected a BlockDrop model"
-        )
     results = collect(engine, split, normalization, batch_size)
     figure = draw(results, split, engine.config.layers)
     with atomic_write(out) as path:

@@ -23,12 +23,6 @@ from tests.random_networks import (
 NORMALIZATION = Normalization(mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
 
 
-@pytest.fixture(autouse=True)
-def _digits(monkeypatch):
-    monkeypatch.delenv("BLOCKDROP_DATA", raising=False)
-    monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)
-
-
 def make_model(classes: int = 10, normalization=NORMALIZATION) -> bdf.BlockDrop:
     """ResNet-14 of random weights whose policy keeps about half of the blocks of digits."""
     torch.manual_seed(0)
