@@ -23,14 +23,12 @@ from torch import Tensor, nn
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import Dataset
-from blockdrop_fast.measure.static_line import cached_static_line
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import decisions_of
 from train.config import Joint
 from train.distillation import load_teacher, taught_loss
 from train.expert import calibrate, outcomes
 from train.loop import (
-    EVALUATION_BATCH,
     MODEL_FILE,
     Means,
     PolicyStatistics,
@@ -41,14 +39,13 @@ from train.loop import (
     evaluate_test,
     evaluation_metrics,
     one_cycle,
-    plain_batches,
     prepare,
     sampling_generator,
     split,
     static_accuracies_of,
 )
+from train.static_sets import PER_IMAGE, static_set
 
-STATIC_LINE_IMAGES = 1000
 PRICES = 64  # among which an image's own budget is drawn
 
 
@@ -76,7 +73,7 @@ def joint(config: Joint) -> None:
         learning["policy"] = (model.policy, config.policy_lr)
     groups = [{"params": network.parameters(), "lr": lr} for network, lr in learning.values()]
     optimizer, scheduler = one_cycle(config, groups, len(train))
-    redraws = config.static is not None and config.static_set == "random_k_per_image"
+    redraws = config.static is not None and config.static_set == PER_IMAGE
     run = Run(config, model.backbone if redraws else model, [optimizer], [scheduler])
     if menu is not None:  # of a resumed run: at the policy that it had come to
         calibrate(model, held_out, config.budget, config.workers)
@@ -194,21 +191,15 @@ def _static_set(
     config: Joint, backbone: bdf.ResNet, dtype: torch.dtype, dataset: Dataset
 ) -> Tensor:
     """(K,) bool: the set of so many blocks; all of them where each image has its own."""
-    blocks, layers = backbone.num_blocks, backbone.config.layers
+    blocks = backbone.num_blocks
     if not 0 <= config.static <= blocks:
         raise ValueError(f"static: expected 0 to {blocks} blocks, got {config.static}")
-    if config.static_set == "random_k_per_image":
+    if config.static_set == PER_IMAGE:
         return torch.ones(blocks, dtype=torch.bool)
-    if config.static_set == "first_k":
-        return bdf.heuristics.first_k(config.static, layers, 1)[0]
-    if config.static_set == "distribute_k":
-        return bdf.heuristics.distribute_k(config.static, layers, 1)[0]
-    if config.static_set == "random_k":
-        return bdf.heuristics.random_k(config.static, layers, 1, seed=config.seed)[0]
     engine = bdf.compile(backbone, dtype=dtype)
-    some = dataset.train.subset(min(STATIC_LINE_IMAGES, len(dataset.train)), config.seed)
-    batches = plain_batches(engine.backbone, some, EVALUATION_BATCH, config.workers)
-    return cached_static_line(config.backbone, engine, list(batches)).sets[config.static]
+    return static_set(
+        config.static_set, config.static, engine, config.backbone, dataset.train, config.seed
+    )
 
 
 def _load_model(config: Joint) -> bdf.BlockDrop | bdf.ResNet:

@@ -209,7 +209,7 @@ def evaluate(
     if not all_decisions or not sum(map(len, all_decisions)):
         raise ValueError("batches: no images to evaluate")
     model = engine.model if decide is None else engine.backbone
-    evaluation = _summarise(
+    evaluation = summarise(
         model, torch.cat(all_decisions), torch.cat(all_correct), tuple(image_size)
     )
     if shuffles and varies:
@@ -297,7 +297,7 @@ def _has_exits(engine: Engine) -> bool:
     return isinstance(engine.model, BlockDrop) and isinstance(engine.model.policy, Exits)
 
 
-def _summarise(
+def summarise(
     model: BlockDrop | ResNet | Cascade,
     decisions: Tensor,
     correct: Tensor,

@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 import blockdrop_fast as bdf
-from benchmarks import frontier, frontier_figure
-from benchmarks.frontier import Arguments, Row, System
+from benchmarks import frontier
+from benchmarks.frontier import Arguments
 from blockdrop_fast.data.batches import batches_of, load_dataset
 from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.measure.tolerance import WrongLogitsError
 from tests.random_networks import make_cifar_network, make_menu_policy, make_policy
+from train.frontier import evaluation, figure, rows, times
+from train.frontier.rows import Row
+from train.frontier.systems import Loaded, System
 
 SETS = {
     "five": [1, 1, 1, 1, 1],
@@ -87,6 +90,7 @@ def models(test_split):
         "fixed": bdf.BlockDrop(backbone, bdf.FixedPolicy(torch.tensor(SETS["fixed"]).bool())),
         "small": small,
         "cascade": cascade_of(small, backbone, images),
+        "pixels": bdf.BlockDrop(backbone, masks_of(backbone)),
     }
 
 
@@ -96,6 +100,17 @@ def cascade_of(small, large, images):
     with torch.no_grad():
         cascade.set_thresholds([small(images).softmax(1).max(1).values.median().item()])
     return cascade
+
+
+def masks_of(backbone):
+    """Masks that leave out some pixels, differently many of each image."""
+    torch.manual_seed(0)
+    masks = bdf.LowCostMasks(backbone.config)
+    with torch.no_grad():
+        for mask in masks.masks:
+            torch.nn.init.normal_(mask.weight)
+            torch.nn.init.zeros_(mask.bias)
+    return masks.eval()
 
 
 @pytest.fixture
@@ -210,29 +225,57 @@ def test_ahead_of_rivals(files, data):
         assert found[name][f"ahead_at_{cost}"] is None
 
 
+@pytest.mark.usefixtures("no_figure")
+def test_gates_for_pixels_count_flops(files, data, models, test_split):
+    images, labels = test_split
+    one = by_name(run(files, data, [system("pixels", "pixels", "pixels", seed=3, command="c")]))
+    found = one["pixels"]["evaluation"]
+    with torch.no_grad():
+        expected = models["pixels"].eval()(images)
+    assert found["accuracy"] == (expected.logits.argmax(1) == labels).double().mean()
+    assert found["flops"] == pytest.approx(float(expected.flops.mean()))
+    assert found["flops_std"] == pytest.approx(float(expected.flops.std(correction=0)))
+    assert found["flops_std"] > 0
+    assert found["block_usage"] == expected.decisions.sum(1).double().mean()
+    assert "- pixels: seed 3, `c`\n" in (files / "out" / "frontier.md").read_text()
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_sets_by_rules(files, data):
+    rules = {"greedy": 1, "random_k": 1, "random_k_per_image": 10}
+    systems = [system(rule, heuristic=rule, k=3, seed=1) for rule in rules]
+    found = by_name(run(files, data, systems))
+    for rule, most in rules.items():
+        evaluation = found[rule]["evaluation"]
+        assert (evaluation["block_usage"], evaluation["block_usage_std"]) == (3, 0)
+        assert evaluation["unique_policies"] == most  # of 5 over 3
+
+
 def test_interpolation():
     rivals = [(2.0, 0.5), (1.0, 0.2), (4.0, 0.6), (2.0, 0.4)]
-    assert frontier.ahead((1.5, 0.5), rivals) == pytest.approx(0.15)
-    assert frontier.ahead((2, 0.4), rivals) == pytest.approx(-0.1)  # the best of its cost
-    assert frontier.ahead((3, 0.55), rivals) == pytest.approx(0)
-    assert frontier.ahead((4, 0.7), rivals) == pytest.approx(0.1)
-    assert frontier.ahead((0.9, 1), rivals) is None
-    assert frontier.ahead((4.1, 1), rivals) is None
-    assert frontier.ahead((1, 1), []) is None
+    assert rows.ahead((1.5, 0.5), rivals) == pytest.approx(0.15)
+    assert rows.ahead((2, 0.4), rivals) == pytest.approx(-0.1)  # the best of its cost
+    assert rows.ahead((3, 0.55), rivals) == pytest.approx(0)
+    assert rows.ahead((4, 0.7), rivals) == pytest.approx(0.1)
+    assert rows.ahead((0.9, 1), rivals) is None
+    assert rows.ahead((4.1, 1), rivals) is None
+    assert rows.ahead((1, 1), []) is None
 
 
 @pytest.fixture
 def no_figure(monkeypatch):
     """Drawing takes longer than all else."""
-    monkeypatch.setattr(frontier, "draw", lambda *_: None)
+    monkeypatch.setattr(frontier, "draw_flops", lambda *_: None)
 
 
 @pytest.fixture
 def evaluated(monkeypatch, no_figure):
     """One entry for each evaluation that is made."""
-    made, evaluate = [], frontier.evaluate
+    made, evaluate = [], evaluation.evaluate
     monkeypatch.setattr(
-        frontier, "evaluate", lambda *args, **options: made.append(1) or evaluate(*args, **options)
+        evaluation,
+        "evaluate",
+        lambda *args, **options: made.append(1) or evaluate(*args, **options),
     )
     return made
 
@@ -243,9 +286,7 @@ def test_only_what_is_new_is_evaluated(files, data, models, evaluated):
     second = run(
         files,
         data,
-        [SYSTEMS[1], system("another set", keep="keep.json"), SYSTEMS[2]][:2]
-        if False
-        else [system("same", "policy", "policy"), system("set", keep="keep.json")],
+        [system("same", "policy", "policy"), system("set", keep="keep.json")],
     )
     assert len(evaluated) == 3
     assert by_name(second)["same"]["evaluation"] == by_name(first)["routed"]["evaluation"]
@@ -270,7 +311,7 @@ def test_evaluations_survive_a_kill(files, data, evaluated, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(frontier, "compare", stop)
+        patched.setattr(frontier, "rows_of", stop)
         with pytest.raises(KeyboardInterrupt):
             run(files, data, FEW)
     run(files, data, FEW)
@@ -279,8 +320,8 @@ def test_evaluations_survive_a_kill(files, data, evaluated, monkeypatch):
 
 @pytest.mark.slow
 def test_times(files, data, monkeypatch):
-    seen, interleave = {}, frontier.timing.interleave
-    run_system = frontier.Loaded.run
+    seen, interleave = {}, times.timing.interleave
+    run_system = Loaded.run
 
     def record(self, images):
         seen.setdefault((self.system.name, len(images)), []).append(images)
@@ -299,30 +340,37 @@ def test_times(files, data, monkeypatch):
             assert len(rows[:128].unique(dim=0)) == 64
         return samples
 
-    monkeypatch.setattr(frontier.Loaded, "run", record)
-    monkeypatch.setattr(frontier.timing, "interleave", timed)
+    monkeypatch.setattr(Loaded, "run", record)
+    monkeypatch.setattr(times.timing, "interleave", timed)
     policies = [system("look", model="look"), system("menu", model="menu", budget=2.5)]
-    result = run(files, data, [*FEW, *policies], times=True, rounds=2)
+    systems = [*FEW, *policies, system("pixels", "pixels", "pixels")]
+    result = run(files, data, systems, times=True, rounds=2)
+    assert by_name(result)["pixels"]["milliseconds"] == {}
+    assert "| not executed | not executed |" in (files / "out" / "frontier.md").read_text()
     for one in result["systems"]:
+        if one["name"] == "pixels":
+            continue
         assert [*one["samples"]] == ["64", "1"]
         for batch, chunks in one["samples"].items():
             assert [len(chunk) for chunk in chunks] == [2, 2]
             mean = sum(map(sum, chunks)) / 4  # of two values, the median is the mean
             assert one["milliseconds"][batch] == pytest.approx(1e3 * mean * int(batch) / 64)
     with Image.open(files / "out" / "frontier.png") as picture:
+        assert picture.size == (1350, 1200)
+    with Image.open(files / "out" / "frontier-times.png") as picture:
         assert picture.size == (2700, 1200)
     # Times of another run are not taken over.
     assert by_name(run(files, data, FEW[:1]))["five"]["milliseconds"] == {}
 
 
 def test_wrong_logits_are_not_timed(files, data, monkeypatch):
-    run_system = frontier.Loaded.run
+    run_system = Loaded.run
 
     def wrong(self, images):
         logits, decisions = run_system(self, images)
         return bdf.Output(logits + 1e-3 * (len(images) == 1), decisions)
 
-    monkeypatch.setattr(frontier.Loaded, "run", wrong)
+    monkeypatch.setattr(Loaded, "run", wrong)
     with pytest.raises(SystemExit, match="five, batch 1: logits are off") as stopped:
         run(files, data, FEW[:1], times=True, rounds=1)
     assert isinstance(stopped.value.__context__, WrongLogitsError)
@@ -338,6 +386,7 @@ def test_wrong_logits_are_not_timed(files, data, monkeypatch):
             [system("a", "some", "menu", budget=9)],
             "'a': budget: expected from 2 to 5 blocks",
         ),
+        ([system("a", "some", "pixels", budget=3)], "'a': budget: gates for every pixel take none"),
         ([system("a", rival="sets")], "'a': rival: expected a group out of 'some', got 'sets'"),
         (
             [system("a", "x", rival="y"), system("b", "y", "small", heuristic="first_k", k=1)],
@@ -348,7 +397,7 @@ def test_wrong_logits_are_not_timed(files, data, monkeypatch):
         ([system("a", "some", "small", keep="keep.json")], "'a': keep: expected .* of 3 0 or 1 in"),
         ([system("a", keep="systems.json")], "'a': keep: expected .* of 5 0 or 1 in"),
         ([system("a", heuristic="first_k", k=6)], "'a': keep: expected 0 to 5 blocks, got 6"),
-        ([system("a", heuristic="random_k", k=2)], "'a': heuristic: expected first_k or distr"),
+        ([system("a", heuristic="last_k", k=2)], "'a': heuristic: expected greedy, first_k, rand"),
         ([system("a", heuristic="first_k")], "'a': expected heuristic and k together"),
         ([system("a", budget=2, keep="keep.json")], "'a': expected one of budget, keep and heur"),
         ([system("a", budget="2")], r"'a': budget: expected int \| float \| None, got '2'"),
@@ -378,7 +427,7 @@ def test_refuses_other_input(files, data, tmp_path):
     refused(".*has 10 classes, but tree.* has 2", out=files / "new")
     (files / "out" / "frontier.json").write_text("[1]")
     bdf.save(make_cifar_network((2, 1, 2), num_classes=2), files / "full.safetensors")
-    refused("out: .*frontier.json was not written by this benchmark")
+    refused("out: .*frontier.json is no file of results")
     (files / "other.json").write_text("{")
     with pytest.raises(SystemExit, match=r"systems: .*other\.json is no JSON"):
         frontier.main(Arguments(files / "other.json", data))
@@ -390,23 +439,24 @@ def test_names_do_not_cover_each_other(tmp_path, monkeypatch):
 
     def row(group: int, index: int) -> Row:
         cost = 50 + 4 * index + group
-        evaluation = Evaluation(
+        found = Evaluation(
             1000, 0.8 + 0.01 * index + 0.005 * group, 0, 5, 0, 9, cost * 1e6, 0, 1, (), (), (), 1.0
         )
         samples = {64: [[cost * 1e-4]], 1: [[cost * 1e-4]]}
         named = System(f"group {group}, system {index}", f"group {group}", "")
-        return Row(named, evaluation, False, False, "walk", samples)
+        return Row(named, found, False, False, "walk", samples)
 
-    placed, place = [], frontier_figure.label_points
+    placed, place = [], figure.label_points
 
     def record(*args):
         placed.append(place(*args))
         return placed[-1]
 
-    monkeypatch.setattr(frontier_figure, "label_points", record)
-    rows = [row(group, index) for group in range(4) for index in range(5)]
-    frontier_figure.draw(rows, "title", tmp_path / "figure.png")
-    assert [len(boxes) for boxes in placed] == [20, 20]
+    monkeypatch.setattr(figure, "label_points", record)
+    found = [row(group, index) for group in range(4) for index in range(5)]
+    figure.draw_flops(found, "title", tmp_path / "figure.png")
+    figure.draw_times(found, "title", tmp_path / "times.png")
+    assert [len(boxes) for boxes in placed] == [20, 20, 20]
     for boxes in placed:
         assert (boxes[:, 2:] - boxes[:, :2] > 5).all()
         covers = (boxes[:, None, :2] < boxes[:, 2:]) & (boxes[:, :2] < boxes[:, None, 2:])

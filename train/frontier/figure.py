@@ -1,11 +1,11 @@
-"""The figure of ``frontier.py``: a point a system, a line a group, names where there is room."""
+"""Figures of systems: a point a system, a line a group, names where there is room."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import matplotlib
 
@@ -17,9 +17,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 
 from blockdrop_fast.files import atomic_write
-
-if TYPE_CHECKING:
-    from benchmarks.frontier import Row
+from train.frontier.rows import Row
 
 MARKERS = "osD^vP*X<>"
 DPI = 150
@@ -31,47 +29,83 @@ DISTANCES = np.repeat([12, 25, 45, 70, 100, 140], 16)[:, None]  # in pixels
 LINE, POINT, NAME = 1, 10, 100
 
 
-def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Accuracy against FLOPs and, where it was measured, against time.
+class Panel(NamedTuple):
+    """What is to the right in a part of a figure.
+
+    Attributes:
+        label: of the axis.
+        cost: of a row.
+        spread: of the cost, drawn to both sides; None: nothing is drawn.
+    """
+
+    label: str
+    cost: Callable[[Row], float]
+    spread: Callable[[Row], float] | None = None
+
+
+def draw_flops(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Accuracy against FLOPs, with their standard deviation over images (the paper's Fig. 3).
 
     Args:
         rows: of a group side by side.
         title: of the figure.
         path: of the PNG.
     """
-    panels = [(lambda row: row.evaluation.flops / 1e6, "MFLOPs an image, policy included")]
-    if rows[0].samples:
-        batch = max(rows[0].samples)
-        panels.append((lambda row: row.milliseconds[batch], f"milliseconds a batch of {batch}"))
-    size = (9 * len(panels), 8)
-    figure, (axes,) = plt.subplots(
-        1, len(panels), figsize=size, dpi=DPI, squeeze=False, layout="constrained"
+    panel = Panel(
+        "MFLOPs an image ± standard deviation over images, policy included",
+        lambda row: row.evaluation.flops / 1e6,
+        lambda row: row.evaluation.flops_std / 1e6,
     )
+    _draw(rows, title, path, [panel])
+
+
+def draw_times(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Accuracy against measured time at each batch size, of the systems that were timed.
+
+    Args: as of ``draw_flops``.
+    """
+    rows = [row for row in rows if row.samples]
+    panels = [
+        Panel(
+            f"milliseconds an image at batch {batch}, policy included",
+            lambda row, batch=batch: row.milliseconds[batch] / batch,
+        )
+        for batch in sorted(rows[0].samples)
+    ]
+    _draw(rows, title, path, panels)
+
+
+def _draw(rows: Sequence[Row], title: str, path: Path, panels: Sequence[Panel]) -> None:
     groups = [list(own) for _, own in groupby(rows, lambda row: row.system.group)]
-    for axis, (cost, label) in zip(axes, panels, strict=True):
+    colors = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
+    figure, (axes,) = plt.subplots(
+        1, len(panels), figsize=(9 * len(panels), 8), dpi=DPI, squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes, panels, strict=True):
         for number, group in enumerate(groups):
-            own = sorted(group, key=cost)
+            own = sorted(group, key=panel.cost)
             axis.errorbar(
-                [cost(row) for row in own],
+                [panel.cost(row) for row in own],
                 [100 * row.evaluation.accuracy for row in own],
                 [100 * row.standard_error for row in own],
-                color=f"C{number}",
+                panel.spread and [panel.spread(row) for row in own],
+                color=colors[number % len(colors)],
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=5,
                 linewidth=1,
-                elinewidth=0.7,
+                elinewidth=0.5,
                 label=group[0].system.group,
             )
         axis.margins(0.1)
-        axis.set(xlabel=label, ylabel="accuracy, % (± standard error)")
+        axis.set(xlabel=panel.label, ylabel="accuracy, % (± standard error)")
         axis.grid(color="0.93")
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(title)
     figure.draw_without_rendering()  # axes are where they will be
-    for axis, (cost, _) in zip(axes, panels, strict=True):
+    for axis, panel in zip(axes, panels, strict=True):
         label_points(
-            axis, [[row.system.name for row in sorted(group, key=cost)] for group in groups]
+            axis, [[row.system.name for row in sorted(group, key=panel.cost)] for group in groups]
         )
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")

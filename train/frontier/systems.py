@@ -1,4 +1,4 @@
-"""The systems of ``benchmarks.frontier``: their file, and each of them ready to run."""
+"""The systems that are compared: their file, and each of them ready to run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from types import NoneType
 from typing import get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import Dataset
 from blockdrop_fast.networks.checkpoints import load_any
+from blockdrop_fast.networks.gated import PixelGates
 from train.loop import EVALUATION_BATCH, plain_batches
+from train.static_sets import PER_IMAGE, RULES, static_set
 
-HEURISTICS = ("first_k", "distribute_k")
+HEURISTICS = (*RULES, PER_IMAGE)
+# (checkpoint, whether its backbone alone) -> model and engine.
+Models = dict[tuple[str, bool], tuple[nn.Module, bdf.Engine | None]]
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,10 @@ class System:
     keep: str | None = None
     heuristic: str | None = None
     k: int | None = None
+    seed: int | None = None
     epochs: str | int | float | None = None
     rival: str | None = None
+    command: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,23 @@ class Loaded:
 
     Attributes:
         system: what it was made from.
-        engine: of its model, or of its backbone alone where the decisions are constant.
-        keep: (EVALUATION_BATCH, K) bool, equal rows, the set of blocks for all images; None: a
-            policy decides.
+        model: of the checkpoint, or its backbone alone where the decisions are given.
+        engine: of the model; None where gates decide for every pixel: no engine runs those.
+        keep: (EVALUATION_BATCH, K) bool, the sets of blocks of a batch, one for all images or one
+            drawn for each; None: a policy decides.
     """
 
     system: System
-    engine: bdf.Engine
+    model: nn.Module
+    engine: bdf.Engine | None
     keep: Tensor | None
+
+    @property
+    def num_blocks(self) -> int:
+        """K; of a cascade: its networks."""
+        return (
+            self.model.backbone.num_blocks if self.engine is None else self.engine.config.num_blocks
+        )
 
     def run(self, images: Tensor) -> bdf.Output:
         """(B, 3, H, W), B up to EVALUATION_BATCH -> logits and decisions."""
@@ -103,7 +118,7 @@ def _read_system(values: object) -> System:
         raise ValueError(f"{where}: expected heuristic and k together")
     if system.heuristic not in (None, *HEURISTICS):
         raise ValueError(
-            f"{where}: heuristic: expected {' or '.join(HEURISTICS)}, got {system.heuristic!r}"
+            f"{where}: heuristic: expected {', '.join(HEURISTICS)}, got {system.heuristic!r}"
         )
     return system
 
@@ -115,48 +130,62 @@ def load_systems(systems: Sequence[System], dataset: Dataset) -> list[Loaded]:
         ValueError: naming the system: a file that cannot be read, a set or a budget that the model
             cannot take, another number of classes, or a rival without sets of its depth.
     """
-    engines: dict[tuple[str, bool], bdf.Engine] = {}
+    models: Models = {}
     loaded = []
     for system in systems:
         try:
-            loaded.append(_load(system, dataset, engines))
+            loaded.append(_load(system, dataset, models))
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"systems: {system.name!r}: {error}") from None
     for one in loaded:
         if one.system.rival is not None and not rivals_of(one, loaded):
             raise ValueError(
                 f"systems: {one.system.name!r}: rival: {one.system.rival!r} has no complete "
-                f"network and no sets out of {one.engine.config.num_blocks} blocks"
+                f"network and no sets out of {one.num_blocks} blocks"
             )
     return loaded
 
 
-def _load(system: System, dataset: Dataset, engines: dict[tuple[str, bool], bdf.Engine]) -> Loaded:
+def _load(system: System, dataset: Dataset, models: Models) -> Loaded:
     constant = system.keep is not None or system.heuristic is not None
     key = (system.checkpoint, constant)
-    if key not in engines:
+    if key not in models:
         load = bdf.load_backbone if constant else load_any
         model = load(system.checkpoint).eval().requires_grad_(False)
-        engines[key] = bdf.compile(model)
-    engine = engines[key]
-    if engine.config.num_classes != len(dataset.classes):
+        pixels = isinstance(model, bdf.BlockDrop) and isinstance(model.policy, PixelGates)
+        models[key] = model, None if pixels else bdf.compile(model)
+    model, engine = models[key]
+    classes = (model.backbone if engine is None else engine).config.num_classes
+    if classes != len(dataset.classes):
         raise ValueError(
-            f"the network has {engine.config.num_classes} classes, but {dataset.name} has "
-            f"{len(dataset.classes)}"
+            f"the network has {classes} classes, but {dataset.name} has {len(dataset.classes)}"
         )
-    image, _ = next(plain_batches(engine.model, dataset.test.subset(1), 1, 0))
+    if engine is None:
+        if system.budget is not None:
+            raise ValueError("budget: gates for every pixel take none")
+        return Loaded(system, model, None, None)
+    image, _ = next(plain_batches(model, dataset.test.subset(1), 1, 0))
     decisions = engine.decide(image, system.budget)
-    policy = engine.model.policy if isinstance(engine.model, bdf.BlockDrop) else None
+    policy = model.policy if isinstance(model, bdf.BlockDrop) else None
     if system.keep is not None:
         decisions = _read_keep(Path(system.keep), engine.config.num_blocks)
+    elif system.heuristic == PER_IMAGE:
+        decisions = bdf.heuristics.random_k(
+            system.k, engine.config.layers, EVALUATION_BATCH, seed=system.seed or 0, per_image=True
+        )
+        return Loaded(system, model, engine, decisions)
     elif system.heuristic is not None:
-        rule = getattr(bdf.heuristics, system.heuristic)
-        decisions = rule(system.k, engine.config.layers, 1)
-    elif isinstance(engine.model, bdf.Cascade) or not isinstance(
-        policy, (bdf.FixedPolicy, NoneType)
-    ):
-        return Loaded(system, engine, None)
-    return Loaded(system, engine, decisions.repeat(EVALUATION_BATCH, 1))
+        decisions = static_set(
+            system.heuristic,
+            system.k,
+            engine,
+            system.checkpoint,
+            dataset.train,
+            system.seed or 0,
+        )[None]
+    elif isinstance(model, bdf.Cascade) or not isinstance(policy, (bdf.FixedPolicy, NoneType)):
+        return Loaded(system, model, engine, None)
+    return Loaded(system, model, engine, decisions.repeat(EVALUATION_BATCH, 1))
 
 
 def _read_keep(path: Path, num_blocks: int) -> Tensor:
@@ -176,11 +205,11 @@ def rivals_of(one: Loaded, loaded: Iterable[Loaded]) -> list[Loaded]:
 
     Of the group that it names: complete networks of any depth, and sets of blocks of its own depth.
     """
-    depth = one.engine.config.num_blocks
+    depth = one.num_blocks
     return [
         other
         for other in loaded
         if other.system.group == one.system.rival
         and other.keep is not None
-        and (other.engine.config.num_blocks == depth or other.keep.all())
+        and (other.num_blocks == depth or other.keep.all())
     ]
