@@ -22,12 +22,13 @@ from blockdrop_fast.files import atomic_write
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.tolerance import CHECKED_IMAGES, make_output_reference
+from blockdrop_fast.networks.architectures import resnet_cifar
 from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.exits import Exits, confidence_features
 from blockdrop_fast.networks.gated import Output
 from blockdrop_fast.networks.halting import HaltingPolicy
 from blockdrop_fast.networks.look import LookPolicy
-from blockdrop_fast.networks.resnet import ResNet, resnet_cifar
+from blockdrop_fast.networks.resnet import ResNet
 from blockdrop_fast.networks.sequential import SequentialPolicy
 
 KEEP = 0.315  # the share of images that keep a block

@@ -3,6 +3,22 @@
 from blockdrop_fast import heuristics
 from blockdrop_fast.engine import Engine, compile
 from blockdrop_fast.measure.evaluation import Evaluation, evaluate
+from blockdrop_fast.networks.architectures import (
+    resnet18,
+    resnet32,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet110,
+    resnet152,
+    resnet_cifar,
+    resnet_imagenet,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
 from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.checkpoints import (
@@ -19,19 +35,7 @@ from blockdrop_fast.networks.halting import HaltingPolicy, WeightedOutput
 from blockdrop_fast.networks.look import LookPolicy
 from blockdrop_fast.networks.low_cost import LowCostMasks
 from blockdrop_fast.networks.policy import PolicyNetwork, decide, policy_resnet8, policy_resnet10
-from blockdrop_fast.networks.resnet import (
-    ResNet,
-    ResNetConfig,
-    resnet18,
-    resnet32,
-    resnet34,
-    resnet50,
-    resnet101,
-    resnet110,
-    resnet152,
-    resnet_cifar,
-    resnet_imagenet,
-)
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 from blockdrop_fast.networks.sequential import SequentialPolicy
 from blockdrop_fast.networks.spatial_halting import SpatialHaltingPolicy
 
@@ -74,5 +78,10 @@ __all__ = [
     "resnet152",
     "resnet_cifar",
     "resnet_imagenet",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
     "save",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
 ]

@@ -22,6 +22,8 @@ IMAGES = 64  # a tolerance measured on images means something from here on
 
 CIFAR = ResNetConfig("basic", (2, 1, 2), (16, 32, 64), "cifar", "average_pool", 10)
 BOTTLENECK = ResNetConfig("bottleneck", (2, 1, 2), (4, 6, 8), "imagenet", "projection", 7)
+# As ResNeXt: a wider inside, in groups.
+GROUPED = replace(BOTTLENECK, block_widths=(8, 8, 12, 16, 16), groups=4)
 # What the walk of CIFAR networks does not run, each with something of its own.
 CUSTOM = {
     "bottleneck": BOTTLENECK,
@@ -34,6 +36,11 @@ CUSTOM = {
     "narrower blocks": ResNetConfig(
         "basic", (2, 1), (8, 16), "cifar", "average_pool", 3, (5, 8, 11)
     ),
+    "grouped": GROUPED,
+    "a group a channel": ResNetConfig(
+        "bottleneck", (1, 2), (4, 6), "cifar", "subsample", 5, (12, 12, 24), groups=12
+    ),
+    "wide": replace(BOTTLENECK, block_widths=(8, 8, 12, 16, 16)),
 }
 NARROWER = replace(CIFAR, block_widths=(8, 16, 19, 64, 44))
 # Policy logits; the sigmoid of the third is 0.5 in float32.

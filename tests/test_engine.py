@@ -4,6 +4,7 @@ import copy
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,13 +19,15 @@ from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.layers import Conv
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.measure.tolerance import make_reference
+from blockdrop_fast.networks.architectures import resnet50
 from blockdrop_fast.networks.folding import FoldedConv
 from blockdrop_fast.networks.policy import PolicyNetwork
-from blockdrop_fast.networks.resnet import ResNetConfig, resnet50
+from blockdrop_fast.networks.resnet import ResNetConfig
 from tests.random_networks import (
     BOTTLENECK,
     CIFAR,
     CUSTOM,
+    GROUPED,
     IMAGES,
     NARROWER,
     keep_half,
@@ -114,7 +117,9 @@ def test_custom_networks(strategy, name, batch, kind, seed):
 
 @pytest.mark.parametrize("strategy", ["gather", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("config", [CIFAR, BOTTLENECK], ids=["cifar", "bottleneck"])
+@pytest.mark.parametrize(
+    "config", [CIFAR, BOTTLENECK, GROUPED], ids=["cifar", "bottleneck", "grouped"]
+)
 def test_dtypes(strategy, dtype, config):
     images = make_images(config, IMAGES, dtype=dtype)
     decisions = make_decisions("random", IMAGES, config.num_blocks)
@@ -549,9 +554,27 @@ def test_auto_gathers_where_the_walk_cannot():
     engine = bdf.compile(make_network(CUSTOM["imagenet average pool"]))
     assert engine.strategy == "gather"
     assert "supports shortcut 'projection' only" in engine.strategy_reason
+    engine = bdf.compile(make_network(GROUPED))
+    assert engine.strategy == "gather"
+    assert "3x3 convolutions of one group only, got 4" in engine.strategy_reason
+    engine = bdf.compile(make_network(replace(CIFAR, block_widths=(17, 16, 32, 64, 64))))
+    assert engine.strategy == "gather"
+    assert "up to (16, 32, 64) channels inside blocks only, got (17," in engine.strategy_reason
     engine = bdf.compile(make_network(CIFAR), dtype=torch.float64)
     assert engine.strategy == "gather"
     assert "torch.float32 only" in engine.strategy_reason
+
+
+@pytest.mark.skipif(not extension_status().loaded, reason="the walk is not chosen without it")
+@pytest.mark.parametrize("kind", ["all kept", "random"])
+def test_auto_walks_wide_networks(kind):
+    """Blocks may be wider inside than a quarter of what they give, or narrower."""
+    config = CUSTOM["wide"]
+    engine = bdf.compile(make_network(config))
+    assert engine.strategy == "walk"
+    images = make_images(config, IMAGES)
+    decisions = make_decisions(kind, IMAGES, config.num_blocks)
+    check(engine, in_batches(engine, images, decisions, 16), images, decisions)
 
 
 # ------------------------------------------------------------------ bad input
@@ -668,6 +691,7 @@ def half_on_meta():
             ValueError,
             "walk supports block 'basic' only, got 'b",
         ),
+        (GROUPED, {"strategy": "walk"}, ValueError, "walk supports .* of one group only, got 4"),
     ],
 )
 def test_compile_refuses(model, options, error, message):

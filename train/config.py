@@ -49,8 +49,9 @@ class Pretrain(Common):
 
     out: Path = Path("runs/pretrain")
     arch: str = "resnet32"
-    """resnet<6n+2> for 32x32 images; for ImageNet sizes resnet18 / 34 / 50 / 101 / 152, and the
-    paper's shallower ones, resnet72 / resnet75 / resnet84."""
+    """resnet<6n+2> for 32x32 images; for ImageNet sizes resnet18 / 34 / 50 / 101 / 152, the
+    paper's shallower ones, resnet72 / resnet75 / resnet84, and resnext50_32x4d,
+    resnext101_32x8d, resnext101_64x4d, wide_resnet50_2, wide_resnet101_2."""
     init: Path | None = None
     """Backbone checkpoint to start from; its file then tells the architecture."""
     epochs: int = 160

@@ -9,9 +9,7 @@ published network's 82.56 % to 88.68 %, 11 minutes of training steps.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import Batches
 from blockdrop_fast.data.image_sets import IMAGENET_NORMALIZATION, Dataset
 from blockdrop_fast.measure.static_line import set_accuracies
+from blockdrop_fast.networks.architectures import by_name
 from train.config import Pretrain
 from train.distillation import load_teacher, taught_loss
 from train.droppable import Chain, random_subnetworks, recalibrate
@@ -37,18 +36,6 @@ from train.loop import (
 )
 
 RECALIBRATION_IMAGES = 2000
-
-_IMAGENET_ARCHITECTURES = {
-    "resnet18": bdf.resnet18,
-    "resnet34": bdf.resnet34,
-    "resnet50": bdf.resnet50,
-    "resnet101": bdf.resnet101,
-    "resnet152": bdf.resnet152,
-    # Of the paper: what static networks reach with fewer blocks than ResNet-101.
-    "resnet72": partial(bdf.resnet_imagenet, (3, 4, 14, 3)),
-    "resnet75": partial(bdf.resnet_imagenet, (3, 4, 15, 3)),
-    "resnet84": partial(bdf.resnet_imagenet, (3, 4, 18, 3)),
-}
 
 
 def pretrain(config: Pretrain) -> None:
@@ -205,11 +192,6 @@ def _make_backbone(config: Pretrain, dataset: Dataset) -> bdf.ResNet:
             )
         return backbone
     torch.manual_seed(config.seed)
-    if config.arch in _IMAGENET_ARCHITECTURES:
-        backbone = _IMAGENET_ARCHITECTURES[config.arch](num_classes)
-    elif match := re.fullmatch(r"resnet(\d+)", config.arch):
-        backbone = bdf.resnet_cifar(int(match[1]), num_classes)
-    else:
-        raise ValueError(f"arch: expected resnet<depth>, got {config.arch!r}")
+    backbone = by_name(config.arch)(num_classes)
     backbone.normalization = IMAGENET_NORMALIZATION
     return backbone

@@ -29,8 +29,9 @@ from blockdrop_fast.measure import baselines, calibration
 from blockdrop_fast.measure.baselines import UnavailableError
 from blockdrop_fast.measure.contenders import build, measure
 from blockdrop_fast.measure.workload import Workload, fit_policy, make_workload, random_workload
+from blockdrop_fast.networks.architectures import resnet_cifar
 from blockdrop_fast.networks.folding import fold_network
-from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet_cifar
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROUNDS = 30

@@ -145,6 +145,10 @@ def _make_gather(
     if dtype not in triton_kernels.KERNEL_DTYPES:
         plain = f"; by plain PyTorch, as our kernels do not compute in {dtype}"
         return GatherExecutor(network, **rule), f"{plain}{remark}"
+    if network.config.groups != 1:
+        # A table would be of our kernels, where there is one.
+        plain = "; by plain PyTorch, as our kernels serve no convolutions of several groups"
+        return GatherExecutor(network), plain
     if why_not := triton_kernels.why_not(device):
         # A table would be of the kernels that are missing.
         return GatherExecutor(network), f"; by plain PyTorch, without our kernels: {why_not}"

@@ -52,14 +52,14 @@ class GraphGatherExecutor(Executor):
     images before. It gets buffers of its own, and is "universal", on one stream.
 
     Args:
-        network: folded, of any architecture; on a GPU float16 or bfloat16.
+        network: folded, of any architecture without groups; on a GPU float16 or bfloat16.
         dense_from: images of a batch -> the share of active ones from which a block runs on all
             of them, masked; above 1: never.
         launch: how a block's way is chosen, see above. Only "counts" waits for the device.
 
     Raises:
         TypeError: weights of another dtype.
-        ValueError: another launch.
+        ValueError: another launch, or grouped convolutions.
     """
 
     strategy = "gather"
@@ -76,6 +76,11 @@ class GraphGatherExecutor(Executor):
         if on_gpu and self.logits_dtype not in KERNEL_DTYPES:
             raise TypeError(
                 f"network: expected a dtype out of {KERNEL_DTYPES}, got {self.logits_dtype}"
+            )
+        if network.config.groups != 1:
+            raise ValueError(
+                "network: expected convolutions of one group, our gathered ones serve no others, "
+                f"got {network.config.groups} groups"
             )
         if launch not in get_args(Launch):
             raise ValueError(f"launch: expected one of {get_args(Launch)}, got {launch!r}")

@@ -38,6 +38,7 @@ class Conv:
         self._bias = folded.bias
         self._stride = [folded.stride, folded.stride]
         self._padding = [folded.padding, folded.padding]
+        self._groups = folded.groups
         self._can_fuse = (
             _HAS_FUSED and folded.weight.dtype == torch.float32 and folded.weight.is_cpu
         )
@@ -51,14 +52,16 @@ class Conv:
     def __call__(self, x: Tensor) -> Tensor:
         """The convolution alone."""
         if not self._can_fuse:
-            return F.conv2d(x, self._weight, self._bias, self._stride, self._padding)
+            return F.conv2d(
+                x, self._weight, self._bias, self._stride, self._padding, groups=self._groups
+            )
         return self._call_fused(x, "none")
 
     def relu(self, x: Tensor) -> Tensor:
         """relu(conv(x))."""
         if self._on_cudnn:
             return torch.cudnn_convolution_relu(
-                x, self._weight, self._bias, self._stride, self._padding, [1, 1], 1
+                x, self._weight, self._bias, self._stride, self._padding, [1, 1], self._groups
             )
         if not self._can_fuse:
             return self(x).relu_()
@@ -68,19 +71,20 @@ class Conv:
         """relu(conv(x) + other); ``other`` stays as it is."""
         if self._on_cudnn:
             return torch.cudnn_convolution_add_relu(
-                x, self._weight, other, 1.0, self._bias, self._stride, self._padding, [1, 1], 1
-            )
+                x, self._weight, other, 1.0, self._bias, self._stride, self._padding, [1, 1],
+                self._groups,
+            )  # fmt: skip
         # oneDNN, as torch 2.11 calls it, refuses to add images of a single pixel.
         if not self._can_fuse or other.shape[2] * other.shape[3] == 1:
             return self(x).add_(other).relu_()
         return _fused.binary(
-            x, other, self._packed_for(x), self._bias, self._padding, self._stride, [1, 1], 1,
-            "add", None, "relu", [], None,
+            x, other, self._packed_for(x), self._bias, self._padding, self._stride, [1, 1],
+            self._groups, "add", None, "relu", [], None,
         )  # fmt: skip
 
     def _call_fused(self, x: Tensor, activation: str) -> Tensor:
         return _fused(
-            x, self._packed_for(x), self._bias, self._padding, self._stride, [1, 1], 1,
+            x, self._packed_for(x), self._bias, self._padding, self._stride, [1, 1], self._groups,
             activation, [], "",
         )  # fmt: skip
 
@@ -88,8 +92,9 @@ class Conv:
         several = x.shape[0] > 1
         if several not in self._packed:
             self._packed[several] = _pack(
-                self._weight.to_mkldnn(), self._padding, self._stride, [1, 1], 1, list(x.shape)
-            )
+                self._weight.to_mkldnn(), self._padding, self._stride, [1, 1], self._groups,
+                list(x.shape),
+            )  # fmt: skip
         return self._packed[several]
 
 

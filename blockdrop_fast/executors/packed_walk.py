@@ -87,6 +87,12 @@ class PackedWalk(Executor):
                 raise ValueError(
                     f"network: the walk supports {field} {expected!r} only, got {value!r}"
                 )
+        widths = [width for width, n in zip(WIDTHS, config.layers, strict=True) for _ in range(n)]
+        if any(have > most for have, most in zip(config.inner_widths, widths, strict=True)):
+            raise ValueError(
+                f"network: the walk supports up to {WIDTHS} channels inside blocks only, got "
+                f"{config.inner_widths}"
+            )
         if config.shortcut == "projection":
             raise ValueError(
                 "network: the walk supports shortcuts 'average_pool' and 'subsample' only, "

@@ -20,8 +20,8 @@ class WalkImageNetExecutor(Executor):
     """Runs an ImageNet network of float32 on the CPU by the walk, and a policy network with it.
 
     Args:
-        network: folded; basic or bottleneck blocks behind the ImageNet stem, shortcuts that
-            change shape are projections; float32, on the CPU.
+        network: folded; basic or bottleneck blocks behind the ImageNet stem, without groups;
+            shortcuts that change shape are projections; float32, on the CPU.
         compact: 3x3 convolutions stay in their plain form: ResNet-101 takes 178 MB instead of 235,
             and longer.
 
@@ -109,6 +109,10 @@ def _check_network(network: FoldedNetwork) -> None:
     if config.shortcut != "projection":
         raise ValueError(
             f"network: this walk supports shortcut 'projection' only, got {config.shortcut!r}"
+        )
+    if config.groups != 1:
+        raise ValueError(
+            f"network: this walk supports 3x3 convolutions of one group only, got {config.groups}"
         )
     if weight.dtype != torch.float32:
         raise TypeError(f"network: the walk on a CPU runs torch.float32 only, got {weight.dtype}")

@@ -66,13 +66,14 @@ class FoldedResNet(nn.Module):
 
 
 def _conv_module(folded: FoldedConv) -> nn.Conv2d:
-    out_channels, in_channels, height, width = folded.weight.shape
+    out_channels, group_channels, height, width = folded.weight.shape
     module = nn.Conv2d(
-        in_channels,
+        group_channels * folded.groups,
         out_channels,
         (height, width),
         folded.stride,
         folded.padding,
+        groups=folded.groups,
         device=folded.weight.device,
         dtype=folded.weight.dtype,
     )
@@ -311,7 +312,7 @@ def onnx_model(network: FoldedNetwork, shape: tuple[int, int, int, int]) -> byte
     def conv(x: str, folded: FoldedConv) -> str:
         return node(
             "Conv", x, constant(folded.weight), constant(folded.bias),
-            strides=[folded.stride] * 2, pads=[folded.padding] * 4,
+            strides=[folded.stride] * 2, pads=[folded.padding] * 4, group=folded.groups,
         )  # fmt: skip
 
     def pad_channels(x: str, before: int, after: int) -> str:

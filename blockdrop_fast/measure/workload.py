@@ -23,6 +23,7 @@ from blockdrop_fast.measure.tolerance import (
     make_policy_reference,
     make_reference,
 )
+from blockdrop_fast.networks.architectures import resnet32, resnet101, resnet110
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
 from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.checkpoints import load
@@ -30,7 +31,7 @@ from blockdrop_fast.networks.flops import DEFAULT_IMAGE_SIZE
 from blockdrop_fast.networks.folding import FoldedNetwork, fold_network
 from blockdrop_fast.networks.gated import GatedPolicy
 from blockdrop_fast.networks.policy import policy_resnet8, policy_resnet10
-from blockdrop_fast.networks.resnet import ResNet, resnet32, resnet101, resnet110
+from blockdrop_fast.networks.resnet import ResNet
 
 NETWORKS = {"resnet32": resnet32, "resnet110": resnet110, "resnet101": resnet101}
 

@@ -144,12 +144,13 @@ def _infer_config(tensors: Tensors, has_linear: bool, where: str) -> ResNetConfi
             sizes[segment] = max(sizes.get(segment, 0), block + 1)
     block = "bottleneck" if "segments.0.0.conv3.weight" in tensors else "basic"
     last, expansion = ("conv3", BOTTLENECK_EXPANSION) if block == "bottleneck" else ("conv2", 1)
+    convs = ("conv1", "conv2", "conv3") if block == "bottleneck" else ("conv1", "conv2")
     needed = ["conv1.weight", "fc.weight"]
     needed += [
         f"segments.{segment}.{index}.{conv}.weight"
         for segment in range(max(1, len(sizes)))
         for index in range(sizes.get(segment, 1))
-        for conv in ("conv1", last)
+        for conv in convs
     ]
     missing = [key for key in needed if key not in tensors]
     if missing:
@@ -190,9 +191,17 @@ def _infer_config(tensors: Tensors, has_linear: bool, where: str) -> ResNetConfi
                 for segment in range(len(sizes))
                 for index in range(sizes[segment])
             ),
+            groups=_groups(tensors) if block == "bottleneck" else 1,
         )
     except ValueError as error:  # empty weights
         raise CheckpointError(f"{where}: {error}") from None
+
+
+def _groups(tensors: Tensors) -> int:
+    """Of 3x3 convolutions, whose weights have the channels of one group; 1 if it comes out odd."""
+    width = tensors["segments.0.0.conv1.weight"].shape[0]
+    of_group = tensors["segments.0.0.conv2.weight"].shape[1]
+    return width // of_group if of_group and width % of_group == 0 else 1
 
 
 def _override(inferred: ResNetConfig, overrides: Mapping[str, Any], where: str) -> ResNetConfig:
@@ -381,7 +390,8 @@ def load_backbone(
 ) -> ResNet:
     """Load a ResNet, its architecture read off the file's keys and shapes.
 
-    Reads our own files; torchvision's ImageNet ResNets; CIFAR ResNets with torchvision-like
+    Reads our own files; torchvision's ImageNet ResNets, ResNeXts and Wide ResNets, also under
+    timm, which names tensors alike; CIFAR ResNets with torchvision-like
     keys (``layer1.0.conv1.weight``), also inside ``state_dict`` and under ``module.``; and the
     ResNet in the BlockDrop authors' ``.t7`` files. Torch files are read with
     ``weights_only=True``.

@@ -16,15 +16,16 @@ class FoldedConv:
     """A convolution with its batch norm folded in.
 
     Attributes:
-        weight: (C_out, C_in, kh, kw), channels-last.
+        weight: (C_out, C_in / groups, kh, kw), channels-last.
         bias: (C_out,).
-        stride, padding: as of ``torch.nn.functional.conv2d``.
+        stride, padding, groups: as of ``torch.nn.functional.conv2d``.
     """
 
     weight: Tensor
     bias: Tensor
     stride: int
     padding: int
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def fold_conv(conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> Folded
         bias.to(dtype),
         conv.stride[0],
         conv.padding[0],
+        conv.groups,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Literal
 
@@ -39,6 +40,8 @@ class ResNetConfig:
         num_classes: outputs of the final linear layer.
         block_widths: K channels inside each block, where they are not its segment's: those that its
             convolutions but the last give. None, also for K that are the segments': none differs.
+        groups: of the 3x3 convolutions of bottleneck blocks; a block's width per group is its
+            channels inside over this.
     """
 
     block: BlockKind
@@ -48,6 +51,7 @@ class ResNetConfig:
     shortcut: ShortcutKind
     num_classes: int
     block_widths: tuple[int, ...] | None = None
+    groups: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -70,6 +74,7 @@ class ResNetConfig:
             raise ValueError(f"layers, widths and num_classes must be positive, got {self}")
         if self.block_widths is not None:
             self._check_block_widths(tuple(self.block_widths))
+        self._check_groups()
 
     def _check_block_widths(self, block_widths: tuple[int, ...]) -> None:
         if len(block_widths) != self.num_blocks or min(block_widths) < 1:
@@ -79,6 +84,17 @@ class ResNetConfig:
             )
         same = block_widths == self._segment_widths
         object.__setattr__(self, "block_widths", None if same else block_widths)
+
+    def _check_groups(self) -> None:
+        if self.groups == 1:
+            return
+        if self.block != "bottleneck":
+            raise ValueError(f"groups: expected 1 of {self.block} blocks, got {self.groups}")
+        if self.groups < 1 or any(width % self.groups for width in self.inner_widths):
+            raise ValueError(
+                f"groups: expected a divisor of the channels inside blocks, "
+                f"{sorted(set(self.inner_widths))}, got {self.groups}"
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -125,10 +141,15 @@ class ResNetConfig:
         return 4 * segments if self.shortcut == "average_pool" else 1
 
     def to_dict(self) -> dict:
-        """The fields as plain JSON-ready values; ``block_widths`` where there are some."""
+        """The fields as plain JSON-ready values, without later ones that say nothing new.
+
+        So what was written before there were such fields, and what is written now, are the same.
+        """
         fields = asdict(self)
         if self.block_widths is None:
             del fields["block_widths"]
+        if self.groups == 1:
+            del fields["groups"]
         return fields
 
 
@@ -148,13 +169,15 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """F_k of ImageNet ResNets: 1x1, 3x3 (carrying the stride), 1x1 convolutions."""
+    """F_k of ImageNet ResNets: 1x1, 3x3 (carrying the stride, maybe grouped), 1x1 convolutions."""
 
-    def __init__(self, in_channels: int, width: int, out_channels: int, stride: int):
+    def __init__(
+        self, in_channels: int, width: int, out_channels: int, stride: int, groups: int = 1
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -236,7 +259,11 @@ class ResNet(nn.Module):
             else nn.Conv2d(3, channels, 3, 1, 1, bias=False)
         )
         self.bn1 = nn.BatchNorm2d(channels)
-        block_class = Bottleneck if config.block == "bottleneck" else BasicBlock
+        block_class = (
+            partial(Bottleneck, groups=config.groups)
+            if config.block == "bottleneck"
+            else BasicBlock
+        )
         self.segments = nn.ModuleList()
         self.shortcuts = nn.ModuleList()
         inner_widths = iter(config.inner_widths)
@@ -467,66 +494,3 @@ def take_images(x: Tensor, index: Tensor) -> Tensor:
     if x.is_contiguous(memory_format=torch.channels_last):
         return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return x.index_select(0, index)
-
-
-def resnet_cifar(
-    depth: int, num_classes: int = 10, shortcut: ShortcutKind = "average_pool"
-) -> ResNet:
-    """CIFAR ResNet of ``depth`` = 6n+2 layers (ResNet paper, section 4.2): 3n basic blocks.
-
-    Raises:
-        ValueError: depth is not of the form 6n+2 with n >= 1.
-    """
-    if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth: expected 6n+2 (8, 14, 20, 32, …, 110, …), got {depth}")
-    n = (depth - 2) // 6
-    return ResNet(ResNetConfig("basic", (n, n, n), (16, 32, 64), "cifar", shortcut, num_classes))
-
-
-def resnet32(num_classes: int = 10, shortcut: ShortcutKind = "average_pool") -> ResNet:
-    """CIFAR ResNet-32: 15 blocks."""
-    return resnet_cifar(32, num_classes, shortcut)
-
-
-def resnet110(num_classes: int = 10, shortcut: ShortcutKind = "average_pool") -> ResNet:
-    """CIFAR ResNet-110: 54 blocks."""
-    return resnet_cifar(110, num_classes, shortcut)
-
-
-def resnet18(num_classes: int = 1000) -> ResNet:
-    """ImageNet ResNet-18: 2+2+2+2 = 8 basic blocks."""
-    return _basic_imagenet((2, 2, 2, 2), num_classes)
-
-
-def resnet34(num_classes: int = 1000) -> ResNet:
-    """ImageNet ResNet-34: 3+4+6+3 = 16 basic blocks."""
-    return _basic_imagenet((3, 4, 6, 3), num_classes)
-
-
-def _basic_imagenet(layers: tuple[int, ...], num_classes: int) -> ResNet:
-    widths = (64, 128, 256, 512)
-    return ResNet(ResNetConfig("basic", layers, widths, "imagenet", "projection", num_classes))
-
-
-def resnet_imagenet(layers: tuple[int, ...], num_classes: int = 1000) -> ResNet:
-    """Bottleneck ResNet with the given blocks a segment.
-
-    The paper's static baselines ResNet-72/75/84 are (3, 4, 14, 3), (3, 4, 15, 3), (3, 4, 18, 3).
-    """
-    widths = tuple(64 * 2**segment for segment in range(len(layers)))
-    return ResNet(ResNetConfig("bottleneck", layers, widths, "imagenet", "projection", num_classes))
-
-
-def resnet50(num_classes: int = 1000) -> ResNet:
-    """ImageNet ResNet-50: 3+4+6+3 = 16 bottleneck blocks."""
-    return resnet_imagenet((3, 4, 6, 3), num_classes)
-
-
-def resnet101(num_classes: int = 1000) -> ResNet:
-    """ImageNet ResNet-101: 3+4+23+3 = 33 bottleneck blocks."""
-    return resnet_imagenet((3, 4, 23, 3), num_classes)
-
-
-def resnet152(num_classes: int = 1000) -> ResNet:
-    """ImageNet ResNet-152: 3+8+36+3 = 50 bottleneck blocks."""
-    return resnet_imagenet((3, 8, 36, 3), num_classes)

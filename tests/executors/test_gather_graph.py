@@ -22,6 +22,7 @@ from tests.random_networks import (
     BOTTLENECK,
     CIFAR,
     CUSTOM,
+    GROUPED,
     make_decisions,
     make_images,
     make_model,
@@ -45,7 +46,9 @@ def make_executor(config=BOTTLENECK, dtype=torch.float32, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cifar", *CUSTOM])
+@pytest.mark.parametrize(
+    "name", ["cifar", *(name for name, config in CUSTOM.items() if config.groups == 1)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_within_tolerance(name, kind, launch):
@@ -241,6 +244,19 @@ def test_float32_on_a_gpu_is_plain_pytorch(monkeypatch):
     assert "today" in remark
     with pytest.raises(TypeError, match=r"float16.*got torch\.float32"):
         GraphGatherExecutor(network)
+
+
+def test_groups_on_a_gpu_are_plain_pytorch(monkeypatch):
+    """Its convolutions, cuDNN's, serve them; a table would be of our kernels."""
+    weight = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    network = SimpleNamespace(stem=SimpleNamespace(weight=weight), config=GROUPED)
+    table = SimpleNamespace(dense_from=0.5, source="today")
+    monkeypatch.setattr(choice, "GatherExecutor", lambda network, **rule: rule)
+    rule, remark = choice._make_gather(network, table, "counts")
+    assert rule == {}
+    assert remark == "; by plain PyTorch, as our kernels serve no convolutions of several groups"
+    with pytest.raises(ValueError, match=r"convolutions of one group, .* got 4 groups"):
+        make_executor(GROUPED)
 
 
 def make_gather_by_graphs(monkeypatch):

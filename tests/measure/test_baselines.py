@@ -10,6 +10,7 @@ from blockdrop_fast.measure import baselines
 from blockdrop_fast.measure.tolerance import make_reference
 from blockdrop_fast.measure.workload import settle
 from blockdrop_fast.networks.folding import fold_network
+from tests.random_networks import GROUPED
 
 PACKAGES = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx")}
 
@@ -19,8 +20,9 @@ PACKAGES = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "on
     [
         bdf.resnet_cifar(8, shortcut="subsample"),
         bdf.ResNet(bdf.ResNetConfig("bottleneck", (1, 1), (4, 8), "imagenet", "projection", 7)),
+        bdf.ResNet(GROUPED),
     ],
-    ids=["subsample", "imagenet"],
+    ids=["subsample", "imagenet", "grouped"],
 )
 @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
 def test_baselines_run_other_architectures(backbone, name):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ from blockdrop_fast.data.image_sets import (
     Normalization,
 )
 from blockdrop_fast.networks import checkpoints
+from blockdrop_fast.networks.architectures import (
+    resnet_cifar,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.checkpoints import (
     CheckpointError,
@@ -29,11 +38,14 @@ from blockdrop_fast.networks.checkpoints import (
     save,
 )
 from blockdrop_fast.networks.policy import PolicyNetwork, policy_resnet8, policy_resnet10
-from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet_cifar
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 from tests.networks.state_dicts import authors_keys, authors_policy_keys, torchvision_keys
+from tests.random_networks import GROUPED
 
 WIDTHS = (64, 8, 8, 16)  # few weights, under the real names
 TINY_IMAGENET = ResNetConfig("bottleneck", (2, 1, 1, 2), WIDTHS, "imagenet", "projection", 12)
+WIDE = (128, 128, 16, 16, 32, 32)
+TINY_RESNEXT = replace(TINY_IMAGENET, block_widths=WIDE, groups=4)
 TINY_RESNET18 = ResNetConfig("basic", (2, 2, 2, 2), WIDTHS, "imagenet", "projection", 12)
 TINY_RESNET10 = ResNetConfig("basic", (1, 1, 1, 1), WIDTHS, "imagenet", "projection", 6)
 TINY_CIFAR = ResNetConfig("basic", (2, 1, 3), (4, 8, 16), "cifar", "average_pool", 7)
@@ -97,7 +109,11 @@ def tiny_model():
 # ------------------------------------------------------------------ foreign files
 
 
-@pytest.mark.parametrize("config", [TINY_IMAGENET, TINY_RESNET18], ids=["bottleneck", "basic"])
+@pytest.mark.parametrize(
+    "config",
+    [TINY_IMAGENET, TINY_RESNET18, replace(TINY_IMAGENET, block_widths=WIDE), TINY_RESNEXT],
+    ids=["bottleneck", "basic", "wide", "grouped"],
+)
 def test_torchvision_imagenet(tmp_path, config):
     network = randomise(ResNet(config))
     state = torchvision_keys(network)
@@ -110,6 +126,75 @@ def test_torchvision_imagenet(tmp_path, config):
     assert loaded.bn1.num_batches_tracked == 5
     safetensors.torch.save_file(state, tmp_path / "resnet.safetensors")
     assert_same_network(load_backbone(tmp_path / "resnet.safetensors"), network)
+
+
+def torchvision_shapes(layers, groups, width_per_group):
+    """Names and shapes of torchvision's bottleneck networks, from its ``resnet.py``."""
+
+    def norm(name, channels):
+        parts = ("weight", "bias", "running_mean", "running_var")
+        return {f"{name}.{part}": (channels,) for part in parts} | {
+            f"{name}.num_batches_tracked": ()
+        }
+
+    shapes = {"conv1.weight": (64, 3, 7, 7)} | norm("bn1", 64)
+    channels = 64
+    for layer, (count, planes) in enumerate(zip(layers, (64, 128, 256, 512), strict=True), 1):
+        width = int(planes * (width_per_group / 64.0)) * groups
+        for block in range(count):
+            name = f"layer{layer}.{block}"
+            shapes[f"{name}.conv1.weight"] = (width, channels, 1, 1)
+            shapes[f"{name}.conv2.weight"] = (width, width // groups, 3, 3)
+            shapes[f"{name}.conv3.weight"] = (4 * planes, width, 1, 1)
+            for number, size in enumerate((width, width, 4 * planes), 1):
+                shapes |= norm(f"{name}.bn{number}", size)
+            if block == 0:
+                shapes[f"{name}.downsample.0.weight"] = (4 * planes, channels, 1, 1)
+                shapes |= norm(f"{name}.downsample.1", 4 * planes)
+            channels = 4 * planes
+    return shapes | {"fc.weight": (1000, 2048), "fc.bias": (1000,)}
+
+
+@pytest.mark.parametrize(
+    ("build", "layers", "groups", "width_per_group"),
+    [
+        (resnext50_32x4d, (3, 4, 6, 3), 32, 4),
+        (resnext101_32x8d, (3, 4, 23, 3), 32, 8),
+        (resnext101_64x4d, (3, 4, 23, 3), 64, 4),
+        (wide_resnet50_2, (3, 4, 6, 3), 1, 128),
+        (wide_resnet101_2, (3, 4, 23, 3), 1, 128),
+    ],
+)
+def test_torchvisions_resnexts_and_wide_resnets(
+    tmp_path, monkeypatch, build, layers, groups, width_per_group
+):
+    shapes = torchvision_shapes(layers, groups, width_per_group)
+    with torch.device("meta"):
+        network = build()
+    assert {key: tuple(one.shape) for key, one in torchvision_keys(network).items()} == shapes
+    # One stored value a tensor, and no copy of them: hundreds of megabytes would tell no more.
+    state = {key: torch.tensor(1.0).expand(shape) for key, shape in shapes.items()}
+    state |= {key: torch.tensor(1) for key in state if key.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "net.pth")
+    monkeypatch.setattr(checkpoints, "_load_strictly", lambda *_: None)
+    loaded = load_backbone(tmp_path / "net.pth")
+    assert loaded.config == network.config
+    assert loaded.normalization == IMAGENET_NORMALIZATION
+
+
+def test_groups_that_do_not_fit(tmp_path):
+    """A file is of so many groups as its first block has, or of one where that comes out odd."""
+    state = torchvision_keys(ResNet(TINY_RESNEXT))
+    for key, channels, message in (
+        ("layer1.0.conv2.weight", 64, r"groups=2.* tensors of another shape: segments\.0\.1"),
+        ("layer1.0.conv2.weight", 7, r"groups=1.* tensors of another shape: segments\.0\.0"),
+        ("layer1.0.conv2.weight", 0, r"groups=1.* tensors of another shape: segments\.0\.0"),
+        ("layer2.0.conv2.weight", 16, r"groups=4.* 1 tensors of another shape: segments\.1\.0"),
+    ):
+        wrong = torch.zeros(len(state[key]), channels, 3, 3)
+        torch.save({**state, key: wrong}, tmp_path / "net.pth")
+        with pytest.raises(CheckpointError, match=message):
+            load_backbone(tmp_path / "net.pth")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -312,8 +397,9 @@ def test_own_round_trip(tmp_path, tiny_model, normalization):
         ResNetConfig("basic", (1, 1), (4, 9), "cifar", "subsample", 2),
         ResNetConfig("basic", (1, 2), (4, 8), "cifar", "subsample", 2, (3, 8, 9)),
         ResNetConfig("bottleneck", (1, 2), (4, 6), "imagenet", "projection", 5, (3, 5, 1)),
+        GROUPED,
     ],
-    ids=["bottleneck", "one-segment", "odd-width", "narrower", "narrower-bottleneck"],
+    ids=["bottleneck", "one-segment", "odd-width", "narrower", "narrower-bottleneck", "grouped"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_own_backbone_round_trip(tmp_path, config, dtype):

@@ -5,14 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from blockdrop_fast.engine import compile
-from blockdrop_fast.networks.blockdrop import BlockDrop
-from blockdrop_fast.networks.cascade import Cascade
-from blockdrop_fast.networks.flops import block_flops, fixed_flops, flops
-from blockdrop_fast.networks.look import LookPolicy
-from blockdrop_fast.networks.policy import policy_resnet8, policy_resnet10
-from blockdrop_fast.networks.resnet import (
-    ResNet,
-    ResNetConfig,
+from blockdrop_fast.networks.architectures import (
     resnet18,
     resnet32,
     resnet34,
@@ -22,8 +15,19 @@ from blockdrop_fast.networks.resnet import (
     resnet152,
     resnet_cifar,
     resnet_imagenet,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
 )
-from tests.random_networks import CIFAR, CUSTOM, GATED, make_gated_model
+from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.cascade import Cascade
+from blockdrop_fast.networks.flops import block_flops, fixed_flops, flops
+from blockdrop_fast.networks.look import LookPolicy
+from blockdrop_fast.networks.policy import policy_resnet8, policy_resnet10
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
+from tests.random_networks import CIFAR, CUSTOM, GATED, GROUPED, make_gated_model
 
 
 def on_meta(build, *arguments):
@@ -79,6 +83,7 @@ NETWORKS = [
     ResNetConfig("basic", (1, 2), (8, 16), "cifar", "projection", 5),
     ResNetConfig("bottleneck", (1, 2, 2, 1), (8, 16, 16, 32), "imagenet", "projection", 7),
     ResNetConfig("basic", (1, 2), (8, 16), "cifar", "average_pool", 5, (3, 16, 9)),
+    GROUPED,
 ]
 
 
@@ -145,7 +150,18 @@ def test_result_is_float64_and_takes_every_form_of_decisions():
 
 @pytest.mark.parametrize(
     ("build", "published"),
-    [(resnet18, 1.81), (resnet34, 3.66), (resnet50, 4.09), (resnet101, 7.80), (resnet152, 11.51)],
+    [
+        (resnet18, 1.81),
+        (resnet34, 3.66),
+        (resnet50, 4.09),
+        (resnet101, 7.80),
+        (resnet152, 11.51),
+        (resnext50_32x4d, 4.23),
+        (resnext101_32x8d, 16.41),
+        (resnext101_64x4d, 15.46),
+        (wide_resnet50_2, 11.40),
+        (wide_resnet101_2, 22.75),
+    ],
 )
 def test_imagenet_networks_as_torchvision_publishes_them(build, published):
     """In units of 1e9 multiply-accumulates, as in the table of its weights."""

@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from blockdrop_fast.decisions import check_decisions, check_images
-from blockdrop_fast.networks.blockdrop import BlockDrop
-from blockdrop_fast.networks.policy import PolicyNetwork, decide, policy_resnet8, policy_resnet10
-from blockdrop_fast.networks.resnet import (
-    ResNet,
-    ResNetConfig,
+from blockdrop_fast.networks.architectures import (
+    IMAGENET_ARCHITECTURES,
+    by_name,
     resnet18,
     resnet32,
     resnet34,
@@ -22,7 +20,15 @@ from blockdrop_fast.networks.resnet import (
     resnet152,
     resnet_cifar,
     resnet_imagenet,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
 )
+from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.policy import PolicyNetwork, decide, policy_resnet8, policy_resnet10
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 from tests.random_networks import make_network, random_images
 
 CONFIGS = {
@@ -34,6 +40,9 @@ CONFIGS = {
     "narrower": ResNetConfig("basic", (1, 2), (4, 8), "cifar", "subsample", 5, (3, 8, 9)),
     "narrower-bottleneck": ResNetConfig(
         "bottleneck", (1, 2), (4, 6), "imagenet", "projection", 5, (3, 5, 1)
+    ),
+    "grouped": ResNetConfig(
+        "bottleneck", (1, 2), (4, 6), "imagenet", "projection", 5, (6, 9, 12), groups=3
     ),
 }
 
@@ -63,7 +72,10 @@ def naive(network, images, decisions):
 
     def conv_bn(x, conv, bn, stride=1):
         kernel = weights[f"{conv}.weight"]
-        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+        inputs = x.split(kernel.shape[1], 1)  # of each group
+        parts = zip(inputs, kernel.chunk(len(inputs)), strict=True)
+        padding = kernel.shape[-1] // 2
+        x = torch.cat([F.conv2d(part, one, None, stride, padding) for part, one in parts], 1)
         mean, var = weights[f"{bn}.running_mean"], weights[f"{bn}.running_var"]
         scale = weights[f"{bn}.weight"] / (var + 1e-5).sqrt()
         shift = weights[f"{bn}.bias"] - mean * scale
@@ -359,6 +371,12 @@ def test_imagenet_policy_sees_the_image_pooled_by_two():
         (resnet50, 16, 25_557_032),
         (resnet101, 33, 44_549_160),
         (resnet152, 50, 60_192_808),
+        # torchvision's table of its weights (num_params).
+        (resnext50_32x4d, 16, 25_028_904),
+        (resnext101_32x8d, 33, 88_791_336),
+        (resnext101_64x4d, 33, 83_455_272),
+        (wide_resnet50_2, 16, 68_883_240),
+        (wide_resnet101_2, 33, 126_886_696),
     ],
 )
 def test_known_parameter_counts(build, blocks, parameters):
@@ -398,6 +416,9 @@ def test_impossible_depths(depth):
         ({"num_classes": 0}, "must be positive"),
         ({"block_widths": (4,)}, r"block_widths: expected .* each of 2 blocks, got \(4,\)"),
         ({"block_widths": (4, 0)}, r"block_widths: expected a width of 1 or more .* \(4, 0\)"),
+        ({"groups": 2}, "groups: expected 1 of basic blocks, got 2"),
+        ({"block": "bottleneck", "groups": 3}, r"groups: expected a divisor .* \[4, 8\], got 3"),
+        ({"block": "bottleneck", "groups": 0}, r"groups: expected a divisor .* \[4, 8\], got 0"),
         ({"widths": (8, 4)}, r"widths: .* fewer channels \(4\) than its input \(8\)"),
     ],
 )
@@ -416,6 +437,20 @@ def test_config_takes_lists_and_gives_json():
     assert narrower.block_widths == narrower.inner_widths == (3, 8)
     assert ResNetConfig(**narrower.to_dict()) == narrower
     assert replace(config, block_widths=(4, 8)) == config
+    grouped = replace(config, block="bottleneck", groups=2)
+    assert ResNetConfig(**grouped.to_dict()) == grouped
+    assert "groups" not in config.to_dict()
+
+
+def test_names_of_architectures():
+    with torch.device("meta"):
+        for name, build in IMAGENET_ARCHITECTURES.items():
+            assert by_name(name) is build
+            assert build(7).config.num_classes == 7
+        assert by_name("resnet20")(10).config == resnet_cifar(20).config
+    assert resnext50_32x4d in IMAGENET_ARCHITECTURES.values()
+    with pytest.raises(ValueError, match=r"arch: expected resnet18, .*, got 'resnext20'"):
+        by_name("resnext20")
 
 
 @pytest.mark.parametrize("input_pool", [0, -1])

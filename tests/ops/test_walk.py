@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockdrop_fast.executors.walk import WalkExecutor
+from blockdrop_fast.networks.architectures import resnet50, resnet_cifar
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.networks.policy import policy_resnet8
-from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, resnet50, resnet_cifar
+from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 from blockdrop_fast.ops.walk import (
     walk,
     walk_policy,

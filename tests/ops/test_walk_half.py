@@ -21,8 +21,9 @@ from blockdrop_fast._extension import extension_status
 from blockdrop_fast.executors import choice
 from blockdrop_fast.executors.walk_half import WalkHalfExecutor
 from blockdrop_fast.measure.tolerance import make_reference
+from blockdrop_fast.networks.architectures import resnet_cifar
 from blockdrop_fast.networks.folding import fold_network
-from blockdrop_fast.networks.resnet import ResNet, resnet_cifar
+from blockdrop_fast.networks.resnet import ResNet
 from blockdrop_fast.ops.walk_half import (
     walk_half,
     walk_half_policy,

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockdrop_fast.executors.walk_imagenet import WalkImageNetExecutor, pack
+from blockdrop_fast.networks.architectures import resnet_cifar
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.networks.policy import PolicyNetwork
-from blockdrop_fast.networks.resnet import ResNetConfig, resnet_cifar
+from blockdrop_fast.networks.resnet import ResNetConfig
 from blockdrop_fast.ops.walk_imagenet import (
     walk_imagenet,
     walk_imagenet_policy,
