@@ -23,8 +23,8 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quick sanitize bench lint format clean check-cuda-build gpu gpu-check \
-    gpu-bench gpu-decide
+.PHONY: help install demo test quick sanitize bench lint types package format clean \
+    check-cuda-build gpu gpu-check gpu-bench gpu-decide
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
@@ -72,10 +72,17 @@ sanitize: install ## run the C++ kernels' tests under AddressSanitizer and UBSan
 bench: install ## run the quick benchmarks (BENCH_FLAGS= for all)
 	$(BIN)/python -m pytest benchmarks $(BENCH_FLAGS) $(PYTEST_FLAGS)
 
-lint: install ## check style and format
+lint: types ## check style, format and types
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+# Of what a user sees: the package's inside follows torch's own types only so far.
+types: install ## type-check programs that use the package
+	$(BIN)/mypy --strict --follow-imports=silent tests/typing/public.py
+
+package: install ## build the sdist, and the wheel from it
+	$(BIN)/python -m build --no-isolation
 
 format: install ## put all sources into format
 	$(BIN)/ruff check -q --fix .

@@ -76,15 +76,21 @@ def _load() -> ExtensionStatus:
     if importlib.util.find_spec(MODULE) is None:
         reason = record.get("why_no_extension") or f"it was never built; run {REBUILD}"
         return ExtensionStatus("not built", reason)
+    # Not even imported then: torch's C++ interface changes, and not all of it shows when linking.
+    built_for = record.get("torch")
+    if built_for and _release(built_for) != _release(torch.__version__):
+        reason = (
+            f"{MODULE} was built for torch {built_for} and torch {torch.__version__} is "
+            f"installed, so rebuild it: {REBUILD}"
+        )
+        return ExtensionStatus("failed", reason)
     try:
         module = importlib.import_module(MODULE)
     except ImportError as error:
-        reason = f"{MODULE} could not be imported ({error})"
-        built_for = record.get("torch")
-        if built_for and built_for != torch.__version__:
-            reason += (
-                f"; it was built for torch {built_for} and torch {torch.__version__} is "
-                f"installed, so rebuild it: {REBUILD}"
-            )
-        return ExtensionStatus("failed", reason)
+        return ExtensionStatus("failed", f"{MODULE} could not be imported ({error})")
     return ExtensionStatus("loaded", build_info=module.build_info())
+
+
+def _release(version: str) -> str:
+    """Without what is local to a build: 2.13.0+cpu is 2.13.0."""
+    return version.partition("+")[0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, cast, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -50,16 +50,19 @@ Strategy = Literal["auto", "walk", "gather", "dense"]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _exactly(method: Callable) -> Callable:
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _exactly(method: Method) -> Method:
     """``exactly``; that a caller captures the call is noted for ``refresh``."""
     method = exactly(method)
 
     @functools.wraps(method)
-    def call(self: Engine, *args, **kwargs):
+    def call(self: Engine, *args: Any, **kwargs: Any) -> Any:
         self._is_captured |= is_capturing(self.device)
         return method(self, *args, **kwargs)
 
-    return call
+    return cast(Method, call)
 
 
 class Engine:
@@ -394,6 +397,42 @@ def _check_device(model: BlockDrop | ResNet, device: torch.device) -> None:
         )
     if device.type == "meta":
         raise ValueError("model: expected weights, those on the meta device have no values")
+
+
+@overload
+def compile(
+    model: BlockDrop | ResNet,
+    *,
+    dtype: torch.dtype = ...,
+    strategy: Strategy = ...,
+    validate: bool = ...,
+    launch: Launch = ...,
+    compact: bool = ...,
+) -> Engine: ...
+
+
+@overload
+def compile(
+    model: Cascade,
+    *,
+    dtype: torch.dtype = ...,
+    strategy: Strategy = ...,
+    validate: bool = ...,
+    launch: Launch = ...,
+    compact: bool = ...,
+) -> CascadeEngine: ...
+
+
+@overload
+def compile(
+    model: BlockDrop | ResNet | Cascade,
+    *,
+    dtype: torch.dtype = ...,
+    strategy: Strategy = ...,
+    validate: bool = ...,
+    launch: Launch = ...,
+    compact: bool = ...,
+) -> Engine | CascadeEngine: ...
 
 
 def compile(

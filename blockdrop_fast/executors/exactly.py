@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 
-def exactly(method: Callable) -> Callable:
+
+def exactly(method: Method) -> Method:
     """Run a method without gradients and at the engine's own precision, whatever autocast says.
 
     Not in inference mode, not even in the caller's: what is returned are ordinary tensors, and what
@@ -20,10 +23,10 @@ def exactly(method: Callable) -> Callable:
     """
 
     @functools.wraps(method)
-    def call(self, *args, **kwargs):
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         casts = torch.is_autocast_enabled(self.device.type)
         exactly = torch.autocast(self.device.type, enabled=False) if casts else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), exactly:
             return method(self, *args, **kwargs)
 
-    return call
+    return cast(Method, call)
