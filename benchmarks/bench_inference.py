@@ -11,7 +11,7 @@ import torch
 from blockdrop_fast.commands.benchmark import BATCHES, plan_runs
 from blockdrop_fast.measure.contenders import CONTENDERS, contender_names, measure
 from blockdrop_fast.measure.published import PUBLISHED
-from blockdrop_fast.measure.workload import NETWORKS, make_workload
+from blockdrop_fast.measure.workload import make_workload
 
 DECISIONS = Path(__file__).with_name("decisions")
 
@@ -25,7 +25,7 @@ def committed_decisions(network: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", PUBLISHED)
 def test_inference(network, batch, contender, quick, once, report, benchmark):
     benchmark.group = f"{network} batch {batch}"
     names = contender_names(quick)

@@ -23,21 +23,21 @@ from blockdrop_fast.measure.contenders import (
     format_rows,
     measure,
 )
+from blockdrop_fast.measure.published import PUBLISHED
 from blockdrop_fast.measure.tolerance import CHECKED_IMAGES
 from blockdrop_fast.measure.workload import (
-    NETWORKS,
     Workload,
     fit_policy,
     load_workload,
     make_workload,
 )
+from blockdrop_fast.networks.architectures import IMAGENET_ARCHITECTURES, is_name
 
 BATCHES = (1, 8, 64, 256)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# ResNet-101 takes two cores seconds a batch: on a CPU its largest batches are left out, and the
-# quick form checks fewer images (which still are 16,000 logits).
-LARGEST_BATCH = {"resnet101": 64}
-QUICK_LARGEST_BATCH = {"resnet32": 64, "resnet110": 64, "resnet101": 8}
+# ImageNet networks take two cores seconds a batch: on a CPU their largest batches are left out, and
+# the quick form checks fewer images (which still are 16,000 logits).
+IMAGENET_LARGEST_BATCH, IMAGENET_QUICK_BATCH, QUICK_BATCH = 64, 8, 64
 QUICK_IMAGENET_IMAGES = 16
 
 
@@ -46,7 +46,7 @@ class Run:
     """How one network is measured.
 
     Attributes:
-        network: a name in ``NETWORKS``, or a checkpoint's path.
+        network: an architecture's name, or a checkpoint's path.
         batches: batch sizes.
         images: checked, and cycled through by the timed calls; all batch sizes divide it.
         rounds, min_seconds: see ``timing.interleave``.
@@ -65,17 +65,20 @@ def plan_runs(
     """How to measure networks, in the full or in the quick form.
 
     Args:
-        networks: names in ``NETWORKS``, or checkpoints' paths.
+        networks: names of architectures, or checkpoints' paths.
         batches: batch sizes; none: those of the form.
         quick: the quick form.
         on_gpu: all batch sizes and images, also in the quick form.
     """
     runs = []
     for network in networks:
-        limits = {} if on_gpu else QUICK_LARGEST_BATCH if quick else LARGEST_BATCH
-        largest = limits.get(network, max(BATCHES))
+        imagenet, largest = network in IMAGENET_ARCHITECTURES, max(BATCHES)
+        if imagenet and not on_gpu:
+            largest = IMAGENET_QUICK_BATCH if quick else IMAGENET_LARGEST_BATCH
+        elif is_name(network) and quick and not on_gpu:
+            largest = QUICK_BATCH
         sizes = tuple(batches) or tuple(size for size in BATCHES if size <= largest)
-        few = quick and network == "resnet101" and not on_gpu
+        few = quick and imagenet and not on_gpu
         images = QUICK_IMAGENET_IMAGES if few else CHECKED_IMAGES
         step = math.lcm(*sizes)
         rounds, min_seconds = (5, 1.0) if quick else (15, 10.0)
@@ -98,10 +101,12 @@ def command(
 
     Args:
         model: resnet32, resnet110 or resnet101 (random weights at the published block usage),
-            all three, or a BlockDrop checkpoint, at its own decisions on its test images.
-        batch: batch sizes; default: 1, 8, 64 and 256, of ResNet-101 on a CPU up to 64.
-        quick: fewer repeats, no torch.compile; on a CPU batch sizes up to 64, of ResNet-101 up
-            to 8.
+            all three; another architecture of ``python -m train pretrain --arch`` (at the share
+            of blocks that is published of ResNet-110 or ResNet-101); or a BlockDrop checkpoint, at
+            its own decisions on its test images.
+        batch: batch sizes; default: 1, 8, 64 and 256, of ImageNet networks on a CPU up to 64.
+        quick: fewer repeats, no torch.compile; on a CPU batch sizes up to 64, of ImageNet networks
+            up to 8.
         contenders: which ones; default: all. At least one complete baseline is needed.
         data: data set folder of a checkpoint; default: BLOCKDROP_DATA, else the digits.
         json: also write all samples and the machine to this file.
@@ -117,14 +122,17 @@ def command(
     place = _device(device)
     on_gpu = place.type == "cuda"
     precision = DTYPES[dtype or ("bfloat16" if on_gpu else "float32")]
-    runs = plan_runs(list(NETWORKS) if model == "all" else [model], batch, quick, on_gpu)
+    runs = plan_runs(list(PUBLISHED) if model == "all" else [model], batch, quick, on_gpu)
     machine = machine_info(place)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     rows, unavailable = [], {}
     for run in runs:
-        if run.network in NETWORKS:
+        random = is_name(run.network)
+        if random:
             workload = make_workload(run.network, run.images, device=place, dtype=precision)
             source = "random weights at the published block usage"
+            if run.network not in PUBLISHED:
+                source += " of another network"
         else:
             workload = load_workload(Path(run.network), run.images, data, place, precision)
             source = "trained, at its own decisions"
@@ -133,7 +141,7 @@ def command(
             continue
         names = list(contenders) or contender_names(quick, on_gpu)
         kinds = {CONTENDERS[name][0] for name in names if name in CONTENDERS}
-        if "decides" in kinds and run.network in NETWORKS:
+        if "decides" in kinds and random:
             workload = fit_policy(workload)
         kept = workload.decisions.sum(1).double()
         print(

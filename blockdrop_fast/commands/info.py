@@ -13,19 +13,25 @@ import blockdrop_fast
 from blockdrop_fast import ops, triton_kernels
 from blockdrop_fast._extension import build_record, extension_status
 from blockdrop_fast.executors import proven
+from blockdrop_fast.networks.architectures import by_name
 
 
-def command(json: bool = False) -> None:
+def command(json: bool = False, arch: str | None = None) -> None:
     """Print versions, what was built, what is active, and why the rest is not.
 
     Args:
         json: print JSON instead of text.
+        arch: also what an architecture of ``python -m train pretrain --arch`` has, and what
+            executes it on this CPU in float32.
     """
-    print(json_module.dumps(info(), indent=2) if json else format_info())
+    print(json_module.dumps(info(arch), indent=2) if json else format_info(arch))
 
 
-def info() -> dict[str, Any]:
+def info(arch: str | None = None) -> dict[str, Any]:
     """Versions, build and active parts of this installation.
+
+    Args:
+        arch: name of an architecture, see ``architectures.by_name``.
 
     Returns:
         "versions": name -> version, None where it cannot be imported.
@@ -34,11 +40,17 @@ def info() -> dict[str, Any]:
             strategies have passed their tests there, "record": where that is written, or why not.
         "parts": kernels by name -> {"active": bool, "detail": what is there, "why_not": the
             reason if it is not active, else empty}.
+        "architecture": of ``arch``, where there is one: its blocks, parameters and FLOPs, the
+            strategy that executes it on this CPU in float32, and the reason.
+
+    Raises:
+        ValueError: no such architecture.
     """
     status = extension_status()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = [_device(torch.device("cuda", index)) for index in range(count)]
-    return {
+    found = {} if arch is None else {"architecture": _architecture(arch)}
+    return found | {
         "versions": {
             "blockdrop_fast": blockdrop_fast.__version__,
             "python": platform.python_version(),
@@ -65,10 +77,14 @@ def info() -> dict[str, Any]:
     }
 
 
-def format_info() -> str:
-    """``info()`` as text for people."""
-    found = info()
-    lines = ["Versions"]
+def format_info(arch: str | None = None) -> str:
+    """``info(arch)`` as text for people."""
+    found = info(arch)
+    lines = []
+    if arch is not None:
+        lines.append("Architecture")
+        lines += [f"  {name:<20} {value}" for name, value in found["architecture"].items()]
+    lines.append("Versions")
     for name, version in found["versions"].items():
         lines.append(f"  {name:<20} {version or 'not installed'}")
     lines.append("Build of the extension")
@@ -91,6 +107,19 @@ def format_info() -> str:
         remark = part["detail"] if part["active"] else part["why_not"]
         lines.append(f"  {name:<20} {state:<11} {remark}")
     return "\n".join(lines)
+
+
+def _architecture(arch: str) -> dict[str, Any]:
+    network = by_name(arch)()
+    engine = blockdrop_fast.compile(network)
+    return {
+        "name": arch,
+        "blocks": network.num_blocks,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "flops": float(blockdrop_fast.flops(network)),
+        "strategy": engine.strategy,
+        "reason": engine.strategy_reason,
+    }
 
 
 def _device(device: torch.device) -> dict[str, Any]:

@@ -100,8 +100,13 @@ def torch_compiled(network: FoldedNetwork, images: Tensor) -> Call:
 
     Args:
         network: folded.
-        images: (B, 3, H, W); on a GPU it compiles for this shape at once, which takes minutes.
+        images: (B, 3, H, W); it compiles for this shape at once, which on a GPU takes minutes.
+
+    Raises:
+        UnavailableError: it cannot compile here, as without a C++ compiler.
     """
+    from torch._dynamo.exc import BackendCompilerFailed  # a second of imports, for this alone
+
     # Compilations of one function are limited, whatever module they are for; beyond the limit it
     # would silently run eagerly.
     torch.compiler.reset()
@@ -118,10 +123,15 @@ def torch_compiled(network: FoldedNetwork, images: Tensor) -> Call:
     def call(images: Tensor, _: Tensor) -> Tensor:
         return compiled(images)
 
-    if images.device.type == "cuda":
+    try:
         with torch.inference_mode(), tuned_convolutions():
-            for _ in range(3):  # compiles; captures the graph; replays it
-                call(images, None)
+            call(images, None)
+            if images.device.type == "cuda":
+                for _ in range(2):  # captures the graph; replays it
+                    call(images, None)
+    except BackendCompilerFailed as error:
+        why = f"{type(error.inner_exception).__name__}: {error.inner_exception}".splitlines()[0]
+        raise UnavailableError(f"torch.compile fails here: {why}") from None
     return call
 
 

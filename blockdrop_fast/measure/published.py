@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -56,10 +56,28 @@ def published_decisions(network: str) -> Tensor:
     Raises:
         ValueError: no usage is published for this network.
     """
+    usage = _published(network)
+    return draw(usage, usage.seed)
+
+
+def scaled_decisions(network: str, num_blocks: int) -> Tensor:
+    """(1024, num_blocks) bool: of a network of which no usage is published, an assumption.
+
+    Images keep about the share of the blocks that they keep of ``network``, by as many policies.
+
+    Raises:
+        ValueError: as of ``published_decisions``.
+    """
+    usage = _published(network)
+    scale = num_blocks / usage.num_blocks
+    scaled = replace(usage, num_blocks=num_blocks, mean=scale * usage.mean, std=scale * usage.std)
+    return draw(scaled, usage.seed)
+
+
+def _published(network: str) -> PublishedUsage:
     if network not in PUBLISHED:
         raise ValueError(f"network: expected one of {', '.join(PUBLISHED)}, got {network!r}")
-    usage = PUBLISHED[network]
-    return draw(usage, usage.seed)
+    return PUBLISHED[network]
 
 
 def draw(usage: PublishedUsage, seed: int) -> Tensor:

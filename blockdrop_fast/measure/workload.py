@@ -16,14 +16,14 @@ from blockdrop_fast.data.image_sets import NO_NORMALIZATION
 from blockdrop_fast.engine import Engine, compile
 from blockdrop_fast.executors.gather_graph import Launch
 from blockdrop_fast.measure.baselines import Call, UnavailableError
-from blockdrop_fast.measure.published import published_decisions
+from blockdrop_fast.measure.published import PUBLISHED, published_decisions, scaled_decisions
 from blockdrop_fast.measure.tolerance import (
     REFERENCE_CHUNK,
     Reference,
     make_policy_reference,
     make_reference,
 )
-from blockdrop_fast.networks.architectures import resnet32, resnet101, resnet110
+from blockdrop_fast.networks.architectures import by_name
 from blockdrop_fast.networks.blockdrop import BlockDrop, Output
 from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.checkpoints import load
@@ -32,8 +32,6 @@ from blockdrop_fast.networks.folding import FoldedNetwork, fold_network
 from blockdrop_fast.networks.gated import GatedPolicy
 from blockdrop_fast.networks.policy import policy_resnet8, policy_resnet10
 from blockdrop_fast.networks.resnet import ResNet
-
-NETWORKS = {"resnet32": resnet32, "resnet110": resnet110, "resnet101": resnet101}
 
 
 @dataclass
@@ -142,24 +140,28 @@ def make_workload(
     """A network of random weights at the decisions of the published usage.
 
     Args:
-        network: "resnet32", "resnet110" or "resnet101".
+        network: name of an architecture, see ``architectures.by_name``.
         images: N.
         decisions: (at least N, K) bool, the first N are used; default: those of
-            ``published_decisions``.
+            ``published_decisions``, and for networks that they are not published of,
+            ``scaled_decisions`` of ResNet-110 or ResNet-101.
         device: of all tensors.
         dtype: of the images, and what contenders compute in.
 
     Raises:
         ValueError: an unknown network, or fewer decisions than images.
     """
-    if network not in NETWORKS:
-        raise ValueError(f"network: expected one of {', '.join(NETWORKS)}, got {network!r}")
-    decisions = published_decisions(network) if decisions is None else decisions
-    if len(decisions) < images:
-        raise ValueError(f"images: expected at most {len(decisions)}, got {images}")
+    build = by_name(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone = NETWORKS[network]()
+        backbone = build()
+        if decisions is None and network in PUBLISHED:
+            decisions = published_decisions(network)
+        elif decisions is None:
+            alike = "resnet101" if backbone.config.stem == "imagenet" else "resnet110"
+            decisions = scaled_decisions(alike, backbone.num_blocks)
+        if len(decisions) < images:
+            raise ValueError(f"images: expected at most {len(decisions)}, got {images}")
         size = DEFAULT_IMAGE_SIZE[backbone.config.stem]
         return random_workload(network, backbone, decisions[:images], size, device, dtype)
 

@@ -137,6 +137,11 @@ IMAGENET_ARCHITECTURES: dict[str, Callable[..., ResNet]] = {
 }
 
 
+def is_name(name: str) -> bool:
+    """Whether ``by_name`` takes it, for some depth."""
+    return name in IMAGENET_ARCHITECTURES or re.fullmatch(r"resnet\d+", name) is not None
+
+
 def by_name(name: str) -> Callable[..., ResNet]:
     """The function that makes a named architecture, of any number of classes.
 
@@ -148,8 +153,8 @@ def by_name(name: str) -> Callable[..., ResNet]:
     """
     if name in IMAGENET_ARCHITECTURES:
         return IMAGENET_ARCHITECTURES[name]
-    if match := re.fullmatch(r"resnet(\d+)", name):
-        return partial(resnet_cifar, int(match[1]))
+    if is_name(name):
+        return partial(resnet_cifar, int(name.removeprefix("resnet")))
     raise ValueError(
         f"arch: expected {', '.join(IMAGENET_ARCHITECTURES)}, or resnet<depth> of a CIFAR ResNet, "
         f"got {name!r}"

@@ -34,6 +34,10 @@ def test_quick_form_leaves_the_slow_cases_out():
     assert large.batches == (1, 8)
     full = plan_runs(["resnet110", "resnet101"], (), quick=False)
     assert [run.batches for run in full] == [(1, 8, 64, 256), (1, 8, 64)]
+    for network in ("wide_resnet50_2", "resnext101_64x4d"):
+        for quick in (False, True):
+            (like,), (run,) = (plan_runs([one], (), quick) for one in ("resnet101", network))
+            assert (run.batches, run.images) == (like.batches, like.images)
     for run in (small, large, *full, *plan_runs(["resnet32"], (3, 100), quick=False)):
         assert all(run.images % batch == 0 for batch in run.batches)
 

@@ -12,6 +12,7 @@ import blockdrop_fast
 from blockdrop_fast import _extension
 from blockdrop_fast.commands import cli
 from blockdrop_fast.commands.info import arch_runs_on, format_info, info
+from blockdrop_fast.networks.architectures import by_name
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
@@ -128,6 +129,28 @@ def test_command_line_info(capsys):
     assert blockdrop_fast.__version__ in capsys.readouterr().out
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == info()
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet20", pytest.param("resnext50_32x4d", marks=pytest.mark.slow)]
+)
+def test_an_architecture_and_what_executes_it(arch, capsys):
+    assert cli.main(["info", "--arch", arch]) == 0
+    text = capsys.readouterr().out
+    assert arch in text
+    found = info(arch)["architecture"]
+    if arch == "resnet20":
+        assert (found["blocks"], found["parameters"]) == (9, 269_722)
+    else:
+        assert (found["blocks"], found["parameters"]) == (16, 25_028_904)
+        assert found["strategy"] == "gather"
+    assert found["flops"] == float(blockdrop_fast.flops(by_name(arch)()))
+    assert found["reason"] in text
+
+
+def test_an_unknown_architecture(capsys):
+    assert cli.main(["info", "--arch", "resnext20"]) == 1
+    assert "arch: expected resnet18" in capsys.readouterr().err
 
 
 def test_command_line_help_and_unknown_command(capsys):

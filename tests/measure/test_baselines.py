@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -71,3 +75,38 @@ def test_cpu_baselines_say_why_they_cannot_run(workload):
         baselines.cudnn_graph(workload.folded, workload.images)
     with pytest.raises(baselines.UnavailableError, match="no_such_package is not installed"):
         baselines._optional("no_such_package")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_when_it_is_built_for_no_time_later():
+    """Bottlenecks of ImageNet, as in ResNet-101; calls of one shape compile nothing more."""
+    config = bdf.ResNetConfig("bottleneck", (1, 1), (4, 8), "imagenet", "projection", 7)
+    backbone = bdf.ResNet(config)
+    settle(backbone.eval())
+    images = torch.randn(64, 3, 32, 32)
+    with torch.no_grad():
+        call = baselines.torch_compiled(fold_network(backbone, torch.float32), images[:16])
+    with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
+        logits = torch.cat([call(part, None).clone() for part in images.split(16)])
+    make_reference(backbone, images, None, torch.float32).check("compile", logits)
+
+
+@pytest.mark.slow
+def test_compiled_without_a_compiler_says_so():
+    """In a process of its own: PyTorch finds its compiler once."""
+    code = (
+        "import torch, torch._inductor.config as config\n"
+        "config.cpp.cxx = ('no-such-compiler',)\n"
+        "import blockdrop_fast as bdf\n"
+        "from blockdrop_fast.measure import baselines\n"
+        "from blockdrop_fast.networks.folding import fold_network\n"
+        "network = fold_network(bdf.resnet_cifar(8), torch.float32)\n"
+        "try:\n"
+        "    baselines.torch_compiled(network, torch.zeros(2, 3, 8, 8))\n"
+        "except baselines.UnavailableError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.stdout.startswith("torch.compile fails here: InvalidCxxCompiler: "), result.stderr
