@@ -1,4 +1,4 @@
-"""Charts of which blocks a policy uses, each on axes of its own."""
+"""Charts of which blocks, or networks, a policy uses, each on axes of its own."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def draw_keep_rates(
             else f"segment {segment + 1}: {mean:.1f} of {blocks} blocks",
         )
         first = last
-    axes.set(xlabel="block", ylabel="images that keep it", ylim=(0, 1), xlim=(0.4, first + 0.6))
-    axes.set_title("Keep rate of each block", loc="left")
+    axes.set(
+        xlabel=results.unit, ylabel="images that keep it", ylim=(0, 1), xlim=(0.4, first + 0.6)
+    )
+    axes.set_title(f"Keep rate of each {results.unit}", loc="left")
     # Where no bar can be behind it.
     axes.legend(
         loc="lower left" if narrow else "lower right",
@@ -57,8 +59,8 @@ def draw_usage(axes: Axes, results: Results) -> None:
     axes.bar(used, counts[used] / counts.sum(), color=NEUTRAL)
     mean = float(results.usage.double().mean())
     axes.axvline(mean, color=COLORS[3], linestyle="--", label=f"mean {mean:.1f}")
-    axes.set(xlabel="kept blocks", ylabel="images")
-    axes.set_title("Block usage", loc="left")
+    axes.set(xlabel=f"kept {results.unit}s", ylabel="images")
+    axes.set_title(f"{results.unit.capitalize()} usage", loc="left")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     tidy(axes)
@@ -81,8 +83,8 @@ def draw_accuracy(axes: Axes, results: Results) -> None:
     axes.axhline(
         overall, color=COLORS[3], linestyle="--", label=f"all images {100 * overall:.1f} %"
     )
-    axes.set(xlabel="kept blocks", ylabel="right predictions", ylim=(None, 1.02))
-    axes.set_title("Accuracy by block usage", loc="left")
+    axes.set(xlabel=f"kept {results.unit}s", ylabel="right predictions", ylim=(None, 1.02))
+    axes.set_title(f"Accuracy by {results.unit} usage", loc="left")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     tidy(axes)
@@ -109,7 +111,7 @@ def draw_confidence(axes: Axes, results: Results, confidence: Tensor) -> None:
     y = [float(usage[part].mean()) for part in parts]
     spread = [float(usage[part].std(correction=0)) for part in parts]
     axes.errorbar(x, y, spread, fmt="o-", color=NEUTRAL, ecolor="0.8", markersize=4)
-    axes.set(xlabel="complete network's confidence", ylabel="kept blocks")
+    axes.set(xlabel="complete network's confidence", ylabel=f"kept {results.unit}s")
     axes.set_title("Usage by confidence", loc="left")
     tidy(axes)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

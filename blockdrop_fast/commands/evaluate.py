@@ -32,6 +32,7 @@ from blockdrop_fast.measure.static_line import (
     line_file,
 )
 from blockdrop_fast.networks.blockdrop import BlockDrop
+from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.checkpoints import load_any
 from blockdrop_fast.networks.resnet import ResNet
 
@@ -188,15 +189,23 @@ def prepare(
 
 
 def prepare_policy(
-    checkpoint: Path, data: Path | None, strategy: str, limit: int | None, device: str
-) -> tuple[Engine, Dataset, Normalization]:
+    checkpoint: Path,
+    data: Path | None,
+    strategy: str,
+    limit: int | None,
+    device: str,
+    cascades: bool = False,
+) -> tuple[Engine | CascadeEngine, Dataset, Normalization]:
     """``prepare`` for commands that show what a policy decides.
+
+    Args:
+        cascades: whose rules decide which networks run, will do, too.
 
     Raises:
         ValueError: as of ``prepare``; there is no policy that decides on blocks.
     """
     engine, dataset, normalization = prepare(checkpoint, data, strategy, limit, device)
-    if not isinstance(engine.model, BlockDrop):
+    if not isinstance(engine.model, (BlockDrop, Cascade) if cascades else BlockDrop):
         raise ValueError(
             f"checkpoint: {checkpoint} holds no policy that keeps blocks and drops others; "
             "expected a BlockDrop model"

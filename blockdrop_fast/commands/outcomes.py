@@ -10,6 +10,7 @@ from torch import Tensor
 from blockdrop_fast.data.batches import batches_of
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet, Normalization
 from blockdrop_fast.engine import Engine
+from blockdrop_fast.executors.cascade import CascadeEngine
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,22 @@ class Results:
         decisions: (N, K) bool.
         labels: (N,) int64.
         correct: (N,) bool, whether the prediction is the label.
+        unit: what is decided on: "block", or "network" of a cascade.
     """
 
     decisions: Tensor
     labels: Tensor
     correct: Tensor
+    unit: str = "block"
 
     @property
     def usage(self) -> Tensor:
-        """(N,) int64: the kept blocks of each image."""
+        """(N,) int64: the kept blocks, or networks, of each image."""
         return self.decisions.sum(1)
 
 
 def collect(
-    engine: Engine,
+    engine: Engine | CascadeEngine,
     split: ImageSet | ImageFolder,
     normalization: Normalization,
     batch_size: int,
@@ -47,7 +50,8 @@ def collect(
         decisions.append(output.decisions.cpu())
         labels.append(batch_labels.cpu())
         correct.append((output.logits.argmax(1) == batch_labels).cpu())
-    return Results(torch.cat(decisions), torch.cat(labels), torch.cat(correct))
+    unit = "network" if isinstance(engine, CascadeEngine) else "block"
+    return Results(torch.cat(decisions), torch.cat(labels), torch.cat(correct), unit)
 
 
 def choose_examples(

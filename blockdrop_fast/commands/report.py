@@ -16,6 +16,7 @@ from blockdrop_fast.commands.report_page import Findings, Latency, page
 from blockdrop_fast.data.batches import Batches, batches_of
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet, Normalization
 from blockdrop_fast.engine import Engine, compile
+from blockdrop_fast.executors.cascade import CascadeEngine
 from blockdrop_fast.files import atomic_write, check_new_file
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import timing
@@ -43,7 +44,7 @@ def command(
     on this machine, block usage, policies and images of each class.
 
     Args:
-        checkpoint: BlockDrop model, or a shipped one's name.
+        checkpoint: BlockDrop model or cascade, or a shipped one's name.
         out: the page's file, .html.
         data: data set folder; default: BLOCKDROP_DATA, else the embedded handwritten digits.
         strategy: how the engine executes.
@@ -53,7 +54,9 @@ def command(
         batches: batch sizes to time; none: no times.
     """
     check_new_file(out, (".html",))
-    engine, dataset, normalization = prepare_policy(checkpoint, data, strategy, limit, device)
+    engine, dataset, normalization = prepare_policy(
+        checkpoint, data, strategy, limit, device, cascades=True
+    )
     split = dataset.test
     if any(not 1 <= batch <= len(split) for batch in batches):
         raise ValueError(f"batches: expected 1 to {len(split)} images each, got {batches}")
@@ -66,7 +69,9 @@ def command(
     found = Findings(
         title=checkpoint.stem if checkpoint.suffix else str(checkpoint),
         split=split,
-        layers=engine.config.layers,
+        layers=(1,) * len(engine.engines)
+        if isinstance(engine, CascadeEngine)
+        else engine.config.layers,
         results=collect(engine, split, normalization, batch_size),
         evaluation=evaluate(
             engine, images(split), routing_images=ROUTING_IMAGES, static_accuracies=accuracies
@@ -96,7 +101,7 @@ def _complete(
 
 
 def _time(
-    engine: Engine,
+    engine: Engine | CascadeEngine,
     complete: Engine,
     split: ImageSet | ImageFolder,
     normalization: Normalization,

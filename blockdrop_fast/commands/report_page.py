@@ -90,7 +90,7 @@ class Findings:
     Attributes:
         title: the model's name.
         split: the images.
-        layers: blocks of each segment.
+        layers: blocks of each segment; of a cascade, each of its networks by itself.
         results: of the split's images.
         evaluation: of the same.
         complete: (2, N), the complete network's largest probability, and whether it is right.
@@ -130,8 +130,8 @@ def _summary(found: Findings) -> str:
     complete = float(found.complete[1].mean())
     figures = {
         "right": f"{100 * one.accuracy:.2f} %",
-        "right with all its blocks": f"{100 * complete:.2f} %",
-        f"of {one.num_blocks} blocks": f"{one.block_usage:.1f} ± {one.block_usage_std:.1f}",
+        f"right with {_everything(found)}": f"{100 * complete:.2f} %",
+        f"of {one.num_blocks} {found.results.unit}s": f"{one.block_usage:.1f} ± {one.block_usage_std:.1f}",
         "million FLOPs an image": f"{one.flops / 1e6:.1f}",
         f"different policies, {one.effective_policies:.1f} by entropy": str(one.unique_policies),
     }
@@ -150,13 +150,18 @@ def _summary(found: Findings) -> str:
     )
     return (
         f'<p class="soft">{html.escape(found.split.name)}, {one.images} images</p>\n'
-        f'<div class="figures">{cards}</div>\n<p>{_verdict(one)}</p>'
+        f'<div class="figures">{cards}</div>\n<p>{_verdict(one, found.results.unit)}</p>'
     )
 
 
-def _verdict(one: Evaluation) -> str:
+def _everything(found: Findings) -> str:
+    """What the complete network is."""
+    return "its last network" if found.results.unit == "network" else "all its blocks"
+
+
+def _verdict(one: Evaluation, unit: str) -> str:
     if one.unique_policies == 1:
-        return "All images use the same blocks: this is a static network."
+        return f"All images use the same {unit}s: this is a static network."
     if one.routing_gain is None:
         return ""
     noise = max(2 * (one.routing_gain_std or 0.0), 0.002)
@@ -180,7 +185,7 @@ def _charts(found: Findings) -> str:
         times = {one.contender: one.milliseconds for one in found.latencies if one.batch == batch}
         charts.append(lambda axes, times=times, batch=batch: draw_latency(axes, times, batch))
     cards = "".join(f'<div class="card chart">{_svg(draw)}</div>' for draw in charts)
-    return f'<h2>Blocks, accuracy, time</h2>\n<div class="grid">{cards}</div>'
+    return f'<h2>{found.results.unit.capitalize()}s, accuracy, time</h2>\n<div class="grid">{cards}</div>'
 
 
 def _svg(draw: Callable[[Axes], None]) -> str:
@@ -207,7 +212,7 @@ def _classes(found: Findings) -> str:
         mine = found.results.labels == label
         rates = found.results.decisions[mine].double().mean(0).tolist()
         cells = "".join(
-            f'<td title="block {k}: {100 * rate:.0f} %" style="background:rgba('
+            f'<td title="{found.results.unit} {k}: {100 * rate:.0f} %" style="background:rgba('
             f'{_rgb(_segment(found.layers, k - 1))},{rate:.2f})"></td>'
             for k, rate in enumerate(rates, 1)
         )
@@ -217,17 +222,19 @@ def _classes(found: Findings) -> str:
             f"<tr><td>{_class_name(found, label)}</td><td>{usage:.1f}&nbsp;</td>"
             f"<td>{100 * right:.1f} %&nbsp;</td>{cells}</tr>"
         )
+    unit = found.results.unit
+    segments = " Colours are segments." if unit == "block" else ""
     return (
-        "<h2>Which blocks a class uses</h2>\n"
-        '<p class="soft">Kept blocks, right predictions, then a cell a block: the stronger its '
-        "colour, the more images of the class keep it. Colours are segments.</p>\n"
+        f"<h2>Which {unit}s a class uses</h2>\n"
+        f'<p class="soft">Kept {unit}s, right predictions, then a cell a {unit}: the stronger its '
+        f"colour, the more images of the class keep it.{segments}</p>\n"
         f'<div class="card scroll"><table class="heat">{"".join(rows)}</table></div>'
     )
 
 
 def _examples(found: Findings) -> str:
     """Dominant policies of a class, and its easiest and hardest images (paper, Fig. 4 and 5)."""
-    cards = []
+    cards, unit = [], found.results.unit
     for label in _shown_classes(found):
         parts = [f"<h3>{_class_name(found, label)}</h3>"]
         mine = (found.results.labels == label).nonzero().squeeze(1)
@@ -242,7 +249,7 @@ def _examples(found: Findings) -> str:
                 + _pictures(found, own[:EXAMPLES].tolist())
             )
         easiest, hardest = choose_examples(found.results, EXAMPLES, label)
-        for name, chosen in (("Fewest blocks", easiest), ("Most blocks", hardest)):
+        for name, chosen in ((f"Fewest {unit}s", easiest), (f"Most {unit}s", hardest)):
             parts.append(f'<div class="soft">{name}, and right</div>' + _pictures(found, chosen))
         cards.append(f'<div class="card">{"".join(parts)}</div>')
     left_out = len(found.results.labels.unique()) - len(cards)

@@ -82,6 +82,20 @@ def test_other_policies(kind, tmp_path):
     Page(out.read_text())
 
 
+@pytest.mark.slow
+def test_a_cascade_is_about_networks(tmp_path):
+    torch.manual_seed(0)
+    cascade = bdf.Cascade([bdf.resnet_cifar(8), bdf.resnet_cifar(14)])
+    cascade.set_thresholds([0.2])
+    bdf.save(cascade, tmp_path / "cascade.safetensors")
+    out = tmp_path / "report.html"
+    assert report(tmp_path / "cascade.safetensors", "--out", out, "--limit", 64) == 0
+    texts = " ".join(Page(out.read_text()).texts)
+    for part in ("of 2 networks", "right with its last network", "Which networks a class uses"):
+        assert part in texts
+    assert "blocks" not in texts.replace("block-major", "")
+
+
 def findings(decisions, classes=("cat", "dog", "<b>"), latencies=()):
     count = len(decisions)
     generator = torch.Generator().manual_seed(0)
