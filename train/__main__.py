@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 
 import tyro
 
-from train import config as stages_config
-from train.systems import config as systems_config
-
-STAGES = stages_config.STAGES | systems_config.SYSTEMS
-PRESETS = {
-    name: options | systems_config.PRESETS[name] for name, options in stages_config.PRESETS.items()
-}
+from train.stages import PRESETS, STAGES, function_of
 
 
 def main() -> None:
-    """Parse ``STAGE [--preset NAME] [options]`` and run the stage.
-
-    A stage is the function of its name in the module of its name.
-    """
+    """Parse ``STAGE [--preset NAME] [options]`` and run the stage."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in STAGES:
         stages, presets = " | ".join(STAGES), "|".join(PRESETS)
@@ -40,9 +30,8 @@ def main() -> None:
     config = tyro.cli(
         STAGES[stage], args=rest, default=PRESETS[preset][stage], prog=f"python -m train {stage}"
     )
-    package = "train.systems" if stage in systems_config.SYSTEMS else "train"
     try:
-        getattr(import_module(f"{package}.{stage}"), stage)(config)
+        function_of(stage)(config)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"{stage}: {error}")
 

@@ -339,6 +339,27 @@ class Demo(Common):
     """Batch sizes to time."""
 
 
+@dataclass(frozen=True)
+class Reproduce(Common):
+    """The paper's tables and figures: run what is missing for them, evaluate, time, write."""
+
+    out: Path = Path("runs/reproduce")
+    """Folder of reproduce.md, reproduce.json, the figures, and of the runs, each in its own."""
+    scale: Literal["paper", "quick"] = "paper"
+    """Which networks, and how long they train; a preset takes its own. On the embedded digits
+    "quick" is 15 minutes on two cores."""
+    only: tuple[Literal["table1", "table2", "table3", "fig3", "times"], ...] = ()
+    """Parts to make; default: all. Others that the folder has stay as they are."""
+    arch: tuple[str, ...] | None = None
+    """Networks, see pretrain; default: ResNet-32, and of the paper also ResNet-110."""
+    init: Path | None = None
+    """Checkpoint from which the first network's training starts."""
+    epochs: int | None = None
+    """Of every run; default: those of the stages."""
+    rounds: int = 5
+    """Timed calls of each of the 4 batches of images."""
+
+
 STAGES = {
     "pretrain": Pretrain,
     "expert": Expert,
@@ -348,6 +369,7 @@ STAGES = {
     "heuristics": Heuristics,
     "recipe": Recipe,
     "demo": Demo,
+    "reproduce": Reproduce,
 }
 
 # The field defaults: the paper's values for CIFAR.
@@ -401,7 +423,7 @@ RECIPES: dict[str, dict[str, Common]] = {
         "groups_control": Joint(),
     },
 }
-QUICK |= {"recipe": Recipe(recipe="quick")}
+QUICK |= {"recipe": Recipe(recipe="quick"), "reproduce": Reproduce(scale="quick")}
 R101 |= {"recipe": Recipe(recipe="R101")}
 
 PRESETS = {"paper": PAPER, "quick": QUICK, "R101": R101}

@@ -26,7 +26,8 @@ from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.measure.workload import load_workload
 from train.config import Common, Demo, Expert, Joint, Pretrain, Recipe
 from train.loop import prepare
-from train.recipe import evaluate_stages, format_verdict, run_stages, stages_of
+from train.recipe import evaluate_stages, format_verdict, stages_of
+from train.stages import run_stages
 
 # To choose the sets of the static line on.
 STATIC_IMAGES = 300

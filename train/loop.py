@@ -65,6 +65,29 @@ def check_out(config: Common) -> None:
         )
 
 
+def options_text(config: Common) -> str:
+    """A run's options, as its state on disk keeps them: JSON."""
+    return json.dumps(asdict(config), default=str)
+
+
+def changed_options(started_with: str, config: Common) -> list[str]:
+    """Options that a run was started with and that have other values now, but for ``RESUMABLE``.
+
+    Args:
+        started_with: ``options_text`` of then.
+        config: the options now.
+
+    Returns:
+        "name then -> now" of each.
+    """
+    then, now = json.loads(started_with), json.loads(options_text(config))
+    return [
+        f"{name} {then.get(name)} -> {now[name]}"
+        for name in now
+        if name not in RESUMABLE and then.get(name) != now[name]
+    ]
+
+
 class Run:
     """One training run: its folder, its state on disk, its logs.
 
@@ -197,7 +220,7 @@ class Run:
         state = {
             "epoch": epoch,
             "step": self.step,
-            "config": json.dumps(asdict(self.config), default=str),
+            "config": options_text(self.config),
             "history": json.dumps(self.history),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -212,13 +235,7 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         state = torch.load(path, map_location=device_of(self.model), weights_only=True)
-        started_with = json.loads(state["config"])
-        now = json.loads(json.dumps(asdict(self.config), default=str))
-        changed = [
-            f"{name} {started_with.get(name)} -> {now[name]}"
-            for name in now
-            if name not in RESUMABLE and started_with.get(name) != now[name]
-        ]
+        changed = changed_options(state["config"], self.config)
         if changed:
             raise ValueError(
                 "resume: the run was started with other options: " + ", ".join(changed)

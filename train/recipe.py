@@ -13,63 +13,36 @@ that was interrupted goes on where it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch
+from dataclasses import replace
 
 import blockdrop_fast as bdf
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.networks.checkpoints import load_any
 from train.config import RECIPES, Common, Recipe
-from train.curriculum import curriculum
-from train.expert import expert
-from train.finetune import finetune
-from train.joint import joint
-from train.loop import MODEL_FILE, STATE_FILE, evaluate_test, prepare, static_accuracies_of
-from train.pretrain import pretrain
+from train.loop import evaluate_test, prepare, static_accuracies_of
+from train.stages import Stage, run_stages
 
 RESULT_FILE = "recipe.json"
-# Stage of a recipe -> the function that runs it, and its options that name what earlier stages
-# left, each with that stage.
-WIRES: dict[str, tuple[Callable, dict[str, str]]] = {
-    "pretrain": (pretrain, {}),
-    "droppable": (pretrain, {"init": "pretrain"}),
-    "expert": (expert, {"backbone": "droppable"}),
-    "joint": (joint, {"model": "expert", "teacher": "pretrain"}),
-    "refit": (expert, {"model": "joint"}),
-    "control": (joint, {"backbone": "droppable", "teacher": "pretrain"}),
-    "static": (joint, {"backbone": "droppable", "teacher": "pretrain"}),
-    "groups": (expert, {"model": "static"}),
-    "groups_joint": (joint, {"model": "groups", "teacher": "pretrain"}),
-    "groups_control": (joint, {"model": "static", "teacher": "pretrain"}),
-    "curriculum": (curriculum, {"backbone": "pretrain"}),
-    "finetune": (finetune, {"model": "curriculum"}),
+# Stage of a recipe -> which stage of the command line it is, and its options that name what earlier
+# ones left, each with that stage.
+WIRES: dict[str, tuple[str, dict[str, str]]] = {
+    "pretrain": ("pretrain", {}),
+    "droppable": ("pretrain", {"init": "pretrain"}),
+    "expert": ("expert", {"backbone": "droppable"}),
+    "joint": ("joint", {"model": "expert", "teacher": "pretrain"}),
+    "refit": ("expert", {"model": "joint"}),
+    "control": ("joint", {"backbone": "droppable", "teacher": "pretrain"}),
+    "static": ("joint", {"backbone": "droppable", "teacher": "pretrain"}),
+    "groups": ("expert", {"model": "static"}),
+    "groups_joint": ("joint", {"model": "groups", "teacher": "pretrain"}),
+    "groups_control": ("joint", {"model": "static", "teacher": "pretrain"}),
+    "curriculum": ("curriculum", {"backbone": "pretrain"}),
+    "finetune": ("finetune", {"model": "curriculum"}),
 }
 
 
 CONTROLS = ("control", "groups_control")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of a recipe."""
-
-    run: Callable
-    config: Common
-
-    @property
-    def checkpoint(self) -> Path:
-        """The model that it leaves."""
-        return self.config.out / MODEL_FILE
-
-    @property
-    def complete(self) -> bool:
-        """Whether its last epoch is done."""
-        path = self.config.out / STATE_FILE
-        return path.exists() and torch.load(path, weights_only=True)["epoch"] >= self.config.epochs
 
 
 def recipe(config: Recipe) -> None:
@@ -112,24 +85,13 @@ def stages_of(config: Recipe, presets: dict[str, Common]) -> dict[str, Stage]:
     for name, preset in presets.items():
         if name in CONTROLS and not config.control:
             continue
-        run, wires = WIRES[name]
+        stage, wires = WIRES[name]
         options = common | own.get(name, {})
         options |= {option: stages[earlier].checkpoint for option, earlier in wires.items()}
         if config.epochs is not None:
             options["epochs"] = config.epochs
-        stages[name] = Stage(run, replace(preset, out=config.out / name, **options))
+        stages[name] = Stage(stage, replace(preset, out=config.out / name, **options))
     return stages
-
-
-def run_stages(stages: dict[str, Stage]) -> None:
-    """Run the stages that are not complete."""
-    for name, stage in stages.items():
-        if stage.complete:
-            print(f"{name}: complete in {stage.config.out}")
-            continue
-        print(f"{name}: {stage.config.epochs} epochs, {stage.config.out}")
-        started = (stage.config.out / STATE_FILE).exists()
-        stage.run(replace(stage.config, resume=started))
 
 
 def evaluate_stages(config: Recipe, stages: dict[str, Stage]) -> dict[str, Evaluation]:

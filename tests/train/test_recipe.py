@@ -8,7 +8,8 @@ import pytest
 import blockdrop_fast as bdf
 from train import __main__ as command_line
 from train.config import PRESETS, RECIPES, Expert, Joint, Pretrain, Recipe
-from train.recipe import RESULT_FILE, recipe, run_stages, stages_of
+from train.recipe import RESULT_FILE, recipe, stages_of
+from train.stages import run_stages
 
 FEW = {"batch_size": 32, "held_out": 100}
 SMALL = {

@@ -20,6 +20,7 @@ from blockdrop_fast.files import atomic_write
 from train.frontier.rows import Row
 
 MARKERS = "osD^vP*X<>"
+COLORS = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]
 DPI = 150
 # Where a name may be: in 16 directions from its point, the nearest places first; and how bad it is
 # to cover a line there, a point, or another name.
@@ -77,7 +78,6 @@ def draw_times(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def _draw(rows: Sequence[Row], title: str, path: Path, panels: Sequence[Panel]) -> None:
     groups = [list(own) for _, own in groupby(rows, lambda row: row.system.group)]
-    colors = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
     figure, (axes,) = plt.subplots(
         1, len(panels), figsize=(9 * len(panels), 8), dpi=DPI, squeeze=False, layout="constrained"
     )
@@ -89,7 +89,7 @@ def _draw(rows: Sequence[Row], title: str, path: Path, panels: Sequence[Panel]) 
                 [100 * row.evaluation.accuracy for row in own],
                 [100 * row.standard_error for row in own],
                 panel.spread and [panel.spread(row) for row in own],
-                color=colors[number % len(colors)],
+                color=COLORS[number % len(COLORS)],
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=5,
                 linewidth=1,

@@ -22,7 +22,9 @@ from train.loop import (
     EVALUATION_BATCH,
     METRICS_FILE,
     MODEL_FILE,
+    STATE_FILE,
     engine_dtype,
+    options_text,
     plain_batches,
     prepare,
     split,
@@ -37,7 +39,7 @@ def cascade(config: Cascade) -> None:
     Raises:
         ValueError: no such networks, or a budget that they cannot meet.
     """
-    if (config.out / MODEL_FILE).exists():
+    if (config.out / MODEL_FILE).exists() and not config.resume:
         raise FileExistsError(f"out: {config.out} holds a model already; name another folder")
     model = bdf.Cascade([load_any(path) for path in config.networks]).eval()
     sizes = [blocks_of(network) for network in model.networks]
@@ -59,6 +61,8 @@ def cascade(config: Cascade) -> None:
     bdf.save(model, config.out / MODEL_FILE, networks=names if shipped else None)
     with atomic_write(config.out / METRICS_FILE) as path:
         path.write_text(json.dumps([metrics | report], indent=1))
+    with atomic_write(config.out / STATE_FILE) as path:  # last: the run is complete
+        torch.save({"epoch": 0, "config": options_text(config)}, path)
 
 
 def stops_of(
