@@ -126,12 +126,12 @@ def page(found: Findings) -> str:
 
 
 def _summary(found: Findings) -> str:
-    one = found.evaluation
+    one, unit = found.evaluation, found.results.unit
     complete = float(found.complete[1].mean())
     figures = {
         "right": f"{100 * one.accuracy:.2f} %",
         f"right with {_everything(found)}": f"{100 * complete:.2f} %",
-        f"of {one.num_blocks} {found.results.unit}s": f"{one.block_usage:.1f} ± {one.block_usage_std:.1f}",
+        f"of {one.num_blocks} {unit}s": f"{one.block_usage:.1f} ± {one.block_usage_std:.1f}",
         "million FLOPs an image": f"{one.flops / 1e6:.1f}",
         f"different policies, {one.effective_policies:.1f} by entropy": str(one.unique_policies),
     }
@@ -150,7 +150,7 @@ def _summary(found: Findings) -> str:
     )
     return (
         f'<p class="soft">{html.escape(found.split.name)}, {one.images} images</p>\n'
-        f'<div class="figures">{cards}</div>\n<p>{_verdict(one, found.results.unit)}</p>'
+        f'<div class="figures">{cards}</div>\n<p>{_verdict(one, unit)}</p>'
     )
 
 
@@ -185,7 +185,8 @@ def _charts(found: Findings) -> str:
         times = {one.contender: one.milliseconds for one in found.latencies if one.batch == batch}
         charts.append(lambda axes, times=times, batch=batch: draw_latency(axes, times, batch))
     cards = "".join(f'<div class="card chart">{_svg(draw)}</div>' for draw in charts)
-    return f'<h2>{found.results.unit.capitalize()}s, accuracy, time</h2>\n<div class="grid">{cards}</div>'
+    title = f"{results.unit.capitalize()}s, accuracy, time"
+    return f'<h2>{title}</h2>\n<div class="grid">{cards}</div>'
 
 
 def _svg(draw: Callable[[Axes], None]) -> str:
