@@ -147,7 +147,7 @@ class Engine:
             self._policy_pool = policy.input_pool
             policy = fold_network(policy.network, self.dtype)
             self._policy_config = policy.config
-            self._policy_logits = choose_policy(policy, executor)
+            self._policy_logits = choose_policy(policy, executor, self._compact)
             if self._menu is None:  # executors decide by thresholds
                 self._executor_decides = executor.set_policy(policy, self._policy_pool)
 

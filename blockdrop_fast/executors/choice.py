@@ -115,13 +115,22 @@ def _choose_on_gpu(network: FoldedNetwork, launch: Launch, table: Crossover | No
     return Choice(walk, reason, gather, table)
 
 
-def choose_policy(policy: FoldedNetwork, backbone: Executor) -> Callable[[Tensor], Tensor]:
+def choose_policy(
+    policy: FoldedNetwork, backbone: Executor, compact: bool = False
+) -> Callable[[Tensor], Tensor]:
     """How a policy network is run, complete: by the walk beside a walk where it can, else densely.
+
+    Args:
+        policy: folded.
+        backbone: what executes the backbone.
+        compact: see ``WalkImageNetExecutor``.
 
     Returns:
         (B, 3, H, W) images, pooled already, with B at least 1 -> (B, K) logits.
     """
-    walk = _find_walk(policy)[0] if backbone.strategy == "walk" else None
+    walk = None
+    if backbone.strategy == "walk":
+        walk, _ = _find_walk(policy, compact, is_policy=True)
     if walk is None:
         return DenseExecutor(policy).run_complete
     return partial(_run_all_blocks, walk, policy.config.num_blocks)
@@ -155,7 +164,7 @@ def _make_gather(
     return GraphGatherExecutor(network, launch=launch, **rule), remark
 
 
-def _make_walk(network: FoldedNetwork, compact: bool = False) -> Executor:
+def _make_walk(network: FoldedNetwork, compact: bool = False, is_policy: bool = False) -> Executor:
     """The walk for the network and its device.
 
     Raises:
@@ -164,17 +173,19 @@ def _make_walk(network: FoldedNetwork, compact: bool = False) -> Executor:
     if network.stem.weight.device.type == "cuda":
         return WalkHalfExecutor(network)
     if network.config.stem == "imagenet":
-        return WalkImageNetExecutor(network, compact)
+        return WalkImageNetExecutor(network, compact, is_policy)
     return WalkExecutor(network)
 
 
-def _find_walk(network: FoldedNetwork, compact: bool = False) -> tuple[Executor | None, str]:
+def _find_walk(
+    network: FoldedNetwork, compact: bool = False, is_policy: bool = False
+) -> tuple[Executor | None, str]:
     """The walk where it serves a network here, else None; and why."""
     device = network.stem.weight.device
     if reason := _why_no_walk_kernels(device):
         return None, reason
     try:
-        executor = _make_walk(network, compact)
+        executor = _make_walk(network, compact, is_policy)
     except (TypeError, ValueError) as error:
         return None, str(error)
     padded = ""

@@ -166,8 +166,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_imagenet_policy(
   const Network network = read_network(
       "weights", {weights, bottleneck, layers, channels, widths, num_classes, winograd});
   const Network policy = read_network(
-      "policy_weights", {policy_weights, policy_bottleneck, policy_layers, policy_widths,
-                         policy_channels, network.num_blocks, policy_winograd});
+      "policy_weights", {policy_weights, policy_bottleneck, policy_layers, policy_channels,
+                         policy_widths, network.num_blocks, policy_winograd});
   const walk::Images batch = read_images(images);
   TORCH_CHECK_VALUE(pool >= 1 && pool <= std::min(batch.height, batch.width),
                     "pool: expected 1 to the images' size, got ", pool, " for ", batch.height, "x",

@@ -64,6 +64,12 @@ constexpr Index stem_scratch(int conv_width, int out_panels) {
   return Index{kStemRing} * out_panels * conv_width * kPanel;
 }
 
+// Packed weights that are read one after the other.
+struct Weights {
+  const float* data = nullptr;  // null: none
+  Index floats = 0;
+};
+
 // A part of one layer: rows [row_begin, row_end) of its output, of its panels [panel_begin,
 // panel_end). A row is a pixel, in Winograd's form a tile, of the stem a row of pooled pixels.
 // Every output element is the same sum in the same order however a layer is cut into parts.
@@ -71,7 +77,7 @@ struct Part {
   int row_begin, row_end;
   int panel_begin, panel_end;
   float* scratch;     // the calling thread's own, of the size that the kernel uses
-  const float* next;  // the weights that the thread will probably read next, or null
+  Weights next = {};  // those that the thread will probably read next
 };
 
 // output = convolution(input) + bias + residual, and relu of it

@@ -40,12 +40,12 @@ inline int max(int a, int b) { return a > b ? a : b; }
 // a few bytes at each step, that all are there when they are needed and the fetches never queue.
 class Fetch {
  public:
-  // Fetches `floats` from `next` on during `steps` steps; null: nothing.
-  Fetch(const float* next, Index floats, Index steps) : at_(next) {
-    if (!next) return;
-    const Index step = (floats + steps - 1) / steps;
+  // Fetches `next` during `steps` steps.
+  Fetch(Weights next, Index steps) : at_(next.data) {
+    if (!next.data || steps == 0) return;
+    const Index step = (next.floats + steps - 1) / steps;
     step_ = step < kCacheLine ? (step + 3) / 4 * 4 : step;
-    end_ = next + floats;
+    end_ = next.data + next.floats;
   }
 
   const float* at() const { return at_; }
@@ -60,6 +60,11 @@ class Fetch {
   const float* end_ = nullptr;
   Index step_ = 0;
 };
+
+inline Weights piece(Weights of, int index, int pieces) {
+  const Index floats = of.floats / pieces;
+  return {of.data ? of.data + index * floats : nullptr, floats};
+}
 
 // ---------------------------------------------------------------- product of matrices
 
@@ -215,9 +220,8 @@ void convolve(const Conv& conv, const Part& part) {
         const bool first = tap == 0 && in == 0;
         const bool last = tap == taps - 1 && in + block_in == conv.in_panels;
         // The next block is as large, mostly.
-        const bool leaves = last && end == part.panel_end;
-        const float* next = leaves ? part.next : weights + (begin - out) * panel_weights;
-        Fetch fetch(next, (end - begin) * panel_weights,
+        const Weights next{weights + (begin - out) * panel_weights, (end - begin) * panel_weights};
+        Fetch fetch(last && end == part.panel_end ? part.next : next,
                     Index{end - begin} * groups.count() * block_in * kPanel);
         for (int group = 0; group < groups.count(); ++group) {
           const int row = groups.begin(group), rows = groups.begin(group + 1) - row;
@@ -359,11 +363,14 @@ void convolve_winograd(const Conv& conv, const Part& part) {
     for (int panel = part.panel_begin; panel < part.panel_end; ++panel) {
       for (int i = 0; i < kTileProducts; ++i) {
         const float* own = weights + (Index{panel} * kTileProducts + i) * product_weights;
-        const float* next = own + product_weights;
-        if (panel + 1 == part.panel_end && i + 1 == kTileProducts) {
-          next = chunk + 1 == chunks ? part.next : first_weights;
-        }
-        Fetch fetch(next, product_weights, Index{groups.count()} * conv.in_panels * kPanel);
+        const bool last = panel + 1 == part.panel_end && i + 1 == kTileProducts;
+        // Beside the last panel's products what comes after the layer is fetched, a piece at each.
+        const bool leaves = panel + 1 == part.panel_end && chunk + 1 == chunks;
+        const int staying = !leaves ? groups.count() : last ? 0 : (groups.count() + 1) / 2;
+        const Index steps = Index{conv.in_panels} * kPanel;  // of a group
+        Fetch fetch({last ? first_weights : own + product_weights, product_weights},
+                    staying * steps);
+        Fetch fetch_after(piece(part.next, i, kTileProducts), (groups.count() - staying) * steps);
         for (int group = 0; group < groups.count(); ++group) {
           const int tile = groups.begin(group);
           const Product product{inputs + i * stride + tile * kPanel,
@@ -375,7 +382,8 @@ void convolve_winograd(const Conv& conv, const Part& part) {
                                 false,
                                 false,
                                 products + i * stride + tile * kPanel};
-          multiply_rows<kPanel, kPanel>(groups.begin(group + 1) - tile, product, fetch);
+          multiply_rows<kPanel, kPanel>(groups.begin(group + 1) - tile, product,
+                                        group < staying ? fetch : fetch_after);
         }
       }
       transform_outputs(conv, tile_of, end - begin, panel, products);
@@ -397,7 +405,7 @@ inline void convolve_stem_row(const Stem& stem, int image, int row, float* out) 
       stem.input + (Index{image} * (stem.in_height + 2 * kStemBorder) + 2 * row) * in_row;
   const float* weights = stem.weights + stem.out_panels * kPanel;
   const Groups groups(0, stem.conv_width);
-  Fetch nothing(nullptr, 0, 1);
+  Fetch nothing({}, 1);
   for (int group = 0; group < groups.count(); ++group) {
     const int column = groups.begin(group);
     for (int panel = 0; panel < stem.out_panels; ++panel) {

@@ -25,7 +25,9 @@ int useful_threads(int batch, int group) {
              : static_cast<int>(std::min<int64_t>(at::get_num_threads(), useful));
 }
 
-int halved(int size) { return (size + 1) / 2; }
+int divide_up(int count, int by) { return (count + by - 1) / by; }
+
+int halved(int size) { return divide_up(size, 2); }
 
 // Part `part` of `parts` of what is 0 ... count - 1.
 std::pair<int, int> cut(int count, int part, int parts) {
@@ -33,6 +35,7 @@ std::pair<int, int> cut(int count, int part, int parts) {
   return {at(part), at(part + 1)};
 }
 
+int padded_height(int height) { return height + 2 * kStemBorder; }
 int padded_row(int width) { return (width + 2 * kStemBorder) * kImageChannels; }
 
 // Hands out memory piece by piece; from nullptr it counts what is needed.
@@ -94,7 +97,7 @@ void Walk::allocate(int num_spare) {
     hidden = std::max(hidden, network.blocks[block].convs[0].out_panels * panel);
   }
   const Index of_group = Index{kPanel} * group;
-  const Index padded = Index{image_.height + 2 * kStemBorder} * padded_row(image_.width) * group;
+  const Index padded = Index{padded_height(image_.height)} * padded_row(image_.width) * group;
   const auto lay_out = [&](Memory& memory) {
     for (Buffers& buffers : buffers_) {
       buffers.padded_images = memory.take(padded);
@@ -133,7 +136,8 @@ int Walk::panels_before(int block) const {
 void Walker::begin() {
   const PackedConv& stem = walk.network.stem;
   const Size in = walk.image_size(), out = walk.size_before(0);
-  steps_.run(num_images, [&](int index) { pad_image(index); });
+  run_parts(num_images * padded_height(in.height),
+            [&](int begin, int end) { pad_rows(begin, end); });
   const Stem layer{buffers.padded_images,
                    stem.weights,
                    buffers.x[0],
@@ -145,13 +149,28 @@ void Walker::begin() {
                    halved(in.width),
                    out.height,
                    out.width};
-  // In pairs of rows at least: a part computes a row again that the part before it has computed.
-  const int rows = num_images * out.height;
-  const int parts = steps_.together() ? std::min(2 * walk.num_threads, halved(rows)) : 1;
-  steps_.run(parts, [&](int part) {
-    const auto [begin, end] = cut(rows, part, parts);
-    walk.kernels.stem(layer, Part{begin, end, 0, stem.out_panels, kernel_scratch_, nullptr});
+  run_parts(num_images * out.height, [&](int begin, int end) {
+    walk.kernels.stem(layer, Part{begin, end, 0, stem.out_panels, kernel_scratch_});
   });
+}
+
+template <class Run>
+void Walker::run_parts(int rows, const Run& run) {
+  // In pairs of rows at least: a part of the stem computes a row again that the part before it has
+  // computed.
+  const int parts = std::min(2 * walk.num_threads, halved(rows));
+  steps_.run(
+      parts,
+      [&](int part) {
+        const auto [begin, end] = cut(rows, part, parts);
+        run(begin, end);
+      },
+      [&] { run(0, rows); });
+}
+
+template <class Run>
+void Walker::run_once(const Run& run) {
+  steps_.run(1, [&](int) { run(); }, run);
 }
 
 void Walker::add_block(int block, bool keep, std::vector<Layer>& layers) const {
@@ -185,69 +204,87 @@ Layer Walker::make_layer(const PackedConv& conv, Size size, const float* input,
   Layer layer{kernels.direct,
               {input, conv.weights, residual, output, conv.in_panels, conv.out_panels, num_images,
                size.height, size.width, out.height, out.width, conv.kernel, conv.stride, relu},
-              num_images * static_cast<int>(out.pixels()),
-              Index{conv.kernel * conv.kernel} * conv.in_panels * conv.out_panels * kPanel * kPanel,
-              Index{std::min(conv.in_panels * kPanel, kBlockIn)} * kPanel};
+              conv.winograd,
+              num_images * static_cast<int>(out.pixels())};
+  Index values = Index{conv.kernel} * conv.kernel;
   if (conv.winograd) {
     layer.kernel = kernels.winograd;
     layer.rows = num_images * num_tiles(out.height, out.width);
-    layer.of_panel = Index{kTileProducts} * conv.in_panels * kPanel * kPanel;
-    layer.weights = layer.of_panel * conv.out_panels;
+    values = kTileProducts;
   } else if (conv.kernel == 1 && conv.stride == 1) {
     layer.kernel = kernels.pointwise;
+  }
+  // Threads that share the rows read all of the weights each, those that share the panels all of
+  // the input (and transform it, in Winograd's form): what is less is read by all.
+  const Index weights = values * conv.in_panels * kPanel * conv.out_panels * kPanel;
+  const Index inputs = Index{conv.in_panels} * kPanel * num_images * size.pixels();
+  const int threads = walk.num_threads;
+  const int most_row_parts = (layer.rows + kMinRows - 1) / kMinRows;
+  if (weights < inputs) {
+    layer.row_parts = std::min(2 * threads, most_row_parts);
+    layer.panel_parts = std::min(divide_up(threads, layer.row_parts), conv.out_panels);
+  } else {
+    layer.panel_parts = std::min(threads, conv.out_panels);
+    layer.row_parts = std::min(divide_up(threads, layer.panel_parts), most_row_parts);
   }
   return layer;
 }
 
+Part Layer::part(int index) const {
+  const auto [row_begin, row_end] = cut(rows, index / panel_parts, row_parts);
+  const auto [begin, end] = cut(conv.out_panels, index % panel_parts, panel_parts);
+  return {row_begin, row_end, begin, end, nullptr};
+}
+
+Weights Layer::first_weights(int panel_begin, int panel_end) const {
+  const float* weights = conv.weights + conv.out_panels * kPanel;
+  const Index of_inputs = Index{conv.in_panels} * kPanel * kPanel;
+  if (winograd) {  // for two products: there is time until the others are read
+    return {weights + panel_begin * kTileProducts * of_inputs, 2 * of_inputs};
+  }
+  constexpr int kPanels = kBlockOut / kPanel;
+  const int block_begin = panel_begin / kPanels * kPanels;
+  const Index of_block = Index{std::min(conv.in_panels * kPanel, kBlockIn)} * kPanel;
+  return {weights + block_begin * conv.kernel * conv.kernel * of_inputs +
+              (panel_begin - block_begin) * of_block,
+          (std::min(panel_end, block_begin + kPanels) - panel_begin) * of_block};
+}
+
 void Walker::run(const Layer& layer, const Layer* next) {
-  const int panels = layer.conv.out_panels;
-  const auto first_weights = [&](int panel) -> const float* {
-    if (!next) return nullptr;
-    panel = std::min(panel, next->conv.out_panels - 1);
-    return next->conv.weights + next->conv.out_panels * kPanel + panel * next->of_panel;
+  const auto run_whole = [&] {
+    Part whole{0, layer.rows, 0, layer.conv.out_panels, kernel_scratch_};
+    if (next) whole.next = next->first_weights(0, next->conv.out_panels);
+    layer.kernel(layer.conv, whole);
   };
-  if (!steps_.together()) {
-    layer.kernel(layer.conv, Part{0, layer.rows, 0, panels, kernel_scratch_, first_weights(0)});
-    return;
-  }
-  // Threads that share the rows read all of the weights each, those that share the panels all of
-  // the input (and transform it, in Winograd's form): what is less is read by all.
-  const int threads = walk.num_threads;
-  const int most_row_parts = (layer.rows + kMinRows - 1) / kMinRows;
-  int row_parts, panel_parts;
-  if (layer.weights < layer.inputs()) {
-    row_parts = std::min(2 * threads, most_row_parts);
-    panel_parts = std::min((threads + row_parts - 1) / row_parts, panels);
-  } else {
-    panel_parts = std::min(threads, panels);
-    row_parts = std::min((threads + panel_parts - 1) / panel_parts, most_row_parts);
-  }
-  steps_.run(panel_parts * row_parts, [&](int part) {
-    const auto [row_begin, row_end] = cut(layer.rows, part / panel_parts, row_parts);
-    const auto [begin, end] = cut(panels, part % panel_parts, panel_parts);
-    layer.kernel(layer.conv, Part{row_begin, row_end, begin, end, kernel_scratch_,
-                                  first_weights(panel_parts > 1 ? begin : 0)});
-  });
+  const auto run_part = [&](int index) {
+    Part part = layer.part(index);
+    part.scratch = kernel_scratch_;
+    if (next) {
+      // Each thread goes on with about the same share of the next layer.
+      const Part after = next->part(index * next->parts() / layer.parts());
+      part.next = next->first_weights(after.panel_begin, after.panel_end);
+    }
+    layer.kernel(layer.conv, part);
+  };
+  steps_.run(layer.parts(), run_part, run_whole);
 }
 
 void Walker::copy(const float* from, float* to, int block) {
   const Index size =
       walk.panels_before(block) * kPanel * num_images * walk.size_before(block).pixels();
-  steps_.run(1, [&](int) { std::memcpy(to, from, size * sizeof(float)); });
+  run_once([&] { std::memcpy(to, from, size * sizeof(float)); });
 }
 
 void Walker::average() {
   const int last = walk.network.num_blocks;
   const Mean mean{buffers.x[walk.x_before(last)], buffers.means, walk.panels_before(last),
                   num_images, static_cast<int>(walk.size_before(last).pixels())};
-  steps_.run(1, [&](int) {
-    walk.kernels.mean(mean, Part{0, 0, 0, mean.panels, kernel_scratch_, nullptr});
-  });
+  run_once([&] { walk.kernels.mean(mean, Part{0, 0, 0, mean.panels, kernel_scratch_}); });
 }
 
 void Walker::store_logits(const std::vector<float*>& rows) {
   const int num_classes = walk.network.num_classes;
-  steps_.run(1, [&](int) {
+  run_once([&] {
     for (int i = 0; i < num_images; ++i) {
       for (int begin = 0; begin < num_classes; begin += kPanel) {
         std::copy_n(buffers.logits + (Index{begin / kPanel} * num_images + i) * kPanel,
@@ -257,33 +294,42 @@ void Walker::store_logits(const std::vector<float*>& rows) {
   });
 }
 
-// With a border of zeros, channels last, and pooled.
-void Walker::pad_image(int index) {
+// Rows of the padded images: with a border of zeros, channels last, and pooled.
+void Walker::pad_rows(int begin, int end) {
   const walk::Images& all = walk.images;
   const Size size = walk.image_size();
-  const float* image = all.data + images[index] * all.image_stride;
-  const int row = padded_row(size.width), border = kStemBorder * kImageChannels;
+  const int height = padded_height(size.height), row = padded_row(size.width);
+  const int border = kStemBorder * kImageChannels;
   const int pool = walk.pool;
   const float share = 1.f / static_cast<float>(pool * pool);
-  float* out = buffers.padded_images + Index{index} * (size.height + 2 * kStemBorder) * row;
-  out = std::fill_n(out, kStemBorder * row, 0.f);
-  for (int y = 0; y < size.height; ++y) {
-    out = std::fill_n(out, border, 0.f);
-    for (int x = 0; x < size.width; ++x) {
-      const float* pixel = image + y * pool * all.row_stride + x * pool * all.column_stride;
-      for (int c = 0; c < kImageChannels; ++c) {
+  for (int of_all = begin; of_all < end; ++of_all) {
+    float* out = buffers.padded_images + Index{of_all} * row;
+    const int y = of_all % height - kStemBorder;
+    if (y < 0 || y >= size.height) {
+      std::fill_n(out, row, 0.f);
+      continue;
+    }
+    std::fill_n(out, border, 0.f);
+    std::fill_n(out + row - border, border, 0.f);
+    out += border;
+    const float* image = all.data + images[of_all / height] * all.image_stride;
+    for (int c = 0; c < kImageChannels; ++c) {
+      const float* rows = image + c * all.channel_stride + y * pool * all.row_stride;
+      const Index step = all.column_stride;
+      if (pool == 1) {
+        for (int x = 0; x < size.width; ++x) out[x * kImageChannels + c] = rows[x * step];
+        continue;
+      }
+      for (int x = 0; x < size.width; ++x) {
         float sum = 0;
         for (int i = 0; i < pool; ++i) {
-          for (int j = 0; j < pool; ++j) {
-            sum += pixel[c * all.channel_stride + i * all.row_stride + j * all.column_stride];
-          }
+          const float* pixels = rows + i * all.row_stride + x * pool * step;
+          for (int j = 0; j < pool; ++j) sum += pixels[j * step];
         }
-        *out++ = pool == 1 ? sum : sum * share;
+        out[x * kImageChannels + c] = sum * share;
       }
     }
-    out = std::fill_n(out, border, 0.f);
   }
-  std::fill_n(out, kStemBorder * row, 0.f);
 }
 
 }  // namespace blockdrop::walk_imagenet

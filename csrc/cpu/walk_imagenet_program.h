@@ -28,13 +28,15 @@ struct Size {
 struct Layer {
   void (*kernel)(const Conv&, const Part&);
   Conv conv;
-  int rows;        // as of Part
-  Index weights;   // floats, without the bias
-  Index of_panel;  // floats of them that are read for one panel of outputs before others are
+  bool winograd;
+  int rows;                            // as of Part
+  int row_parts = 1, panel_parts = 1;  // what it is cut into for several threads
 
-  Index inputs() const {
-    return Index{conv.in_panels} * kPanel * conv.images * conv.in_height * conv.in_width;
-  }
+  int parts() const { return row_parts * panel_parts; }
+  // Scratch memory and what follows are the caller's.
+  Part part(int index) const;
+  // What is read first for these panels of outputs.
+  Weights first_weights(int panel_begin, int panel_end) const;
 };
 
 // What holds a group on its way.
@@ -125,7 +127,13 @@ class Walker {
  private:
   Layer make_layer(const PackedConv& conv, Size size, const float* input, const float* residual,
                    float* output, bool relu) const;
-  void pad_image(int index);
+  void pad_rows(int begin, int end);
+  // A step of rows 0 ... rows - 1, in parts run(begin, end).
+  template <class Run>
+  void run_parts(int rows, const Run& run);
+  // A step of one part.
+  template <class Run>
+  void run_once(const Run& run);
 
   float* const kernel_scratch_;  // of this thread
   walk::Steps steps_;

@@ -92,7 +92,7 @@ class Walker {
   // A step of one part.
   template <class Run>
   void step(const Run& run) {
-    steps_.run(1, [&](int) { run(); });
+    steps_.run(1, [&](int) { run(); }, run);
   }
   // A layer of `channels`, in parts of pairs of rows and panels.
   template <class Run>
@@ -110,19 +110,17 @@ class Walker {
 template <class Run>
 void Walker::step_in_parts(int height, int channels, const Run& run) {
   const int panels = channels / panel_channels(channels);
-  if (!steps_.together()) {
-    run(Part{0, height, 0, panels, kernel_scratch_});
-    return;
-  }
   // Panels first: parts of different panels read different weights.
   const int pairs = (height + 1) / 2;
   const int row_parts = std::min((walk.num_threads + panels - 1) / panels, pairs);
-  steps_.run(panels * row_parts, [&](int part) {
+  const auto run_part = [&](int part) {
     const int panel = part % panels;
     const int rows = part / panels;
     run(Part{2 * (pairs * rows / row_parts), std::min(2 * (pairs * (rows + 1) / row_parts), height),
              panel, panel + 1, kernel_scratch_});
-  });
+  };
+  steps_.run(panels * row_parts, run_part,
+             [&] { run(Part{0, height, 0, panels, kernel_scratch_}); });
 }
 
 template <class Decide>

@@ -1,10 +1,10 @@
 // Who walks which image, and who helps whom; of what is computed on the way nothing is known here.
 //
 // A thread takes an image from a queue and walks it alone, stem to classifier, in buffers that
-// stay in its L2 cache. The last images of a batch (with a batch smaller than the number of
-// threads: all) are walked by several threads together: each layer is cut into parts, a thread
-// claims a part at a time, and goes on to the next layer when all parts are done. Nobody waits
-// for a thread that has not claimed anything, so the walk completes with any number of threads.
+// stay in its L2 cache. When the queue is empty it helps with an image that another thread is
+// walking: each layer is then cut into parts, a thread claims a part at a time, and goes on to the
+// next layer when all parts are done. Nobody waits for a thread that has not claimed anything, so
+// the walk completes with any number of threads.
 
 #pragma once
 
@@ -35,7 +35,7 @@ inline void relax(int spins) {
 
 // A layer of an image that several threads walk: which parts are claimed, and how many are done.
 struct alignas(64) Step {
-  std::atomic<int> claimed{0};
+  std::atomic<int64_t> claimed{0};  // so many first ones, + so many last ones << 32
   std::atomic<int> done{0};
 };
 
@@ -44,21 +44,29 @@ struct alignas(64) Step {
 class Steps {
  public:
   // `steps`: what the threads share of each step; null for a thread that walks alone.
-  explicit Steps(Step* steps) : next_(steps) {}
+  // `helpers`: how many threads walk with the image's own, or are expected to. `last_first`: begins
+  // with the last parts, so that a thread meets the same part of the image in each step.
+  Steps(Step* steps, const std::atomic<int>* helpers, bool last_first)
+      : next_(steps), helpers_(helpers), last_first_(last_first) {}
 
-  bool together() const { return next_ != nullptr; }
-
-  // Runs parts 0 ... num_parts - 1, by whoever claims them, and returns when all are done.
-  template <class Run>
-  void run(int num_parts, const Run& run) {
-    if (!together()) {
-      for (int part = 0; part < num_parts; ++part) run(part);
+  // Runs parts 0 ... num_parts - 1, by whoever claims them, or run_whole() instead while there is
+  // nobody to share with; returns when all is done.
+  template <class Run, class RunWhole>
+  void run(int num_parts, const Run& run, const RunWhole& run_whole) {
+    if (!next_) return run_whole();
+    Step& step = *next_++;
+    if (int64_t none = 0; helpers_->load(std::memory_order_relaxed) == 0 &&
+                          step.claimed.compare_exchange_strong(none, num_parts)) {
+      run_whole();
+      step.done.store(num_parts, std::memory_order_release);
       return;
     }
-    Step& step = *next_++;
-    int part;
-    while ((part = step.claimed.fetch_add(1)) < num_parts) {
-      run(part);
+    while (true) {
+      const int64_t claimed = step.claimed.fetch_add(last_first_ ? kOneOfTheLast : 1);
+      const auto first = static_cast<int>(claimed % kOneOfTheLast);
+      const auto last = static_cast<int>(claimed / kOneOfTheLast);
+      if (first + last >= num_parts) break;
+      run(last_first_ ? num_parts - 1 - last : first);
       step.done.fetch_add(1, std::memory_order_release);
     }
     for (int spins = 0; step.done.load(std::memory_order_acquire) < num_parts; ++spins) {
@@ -67,7 +75,11 @@ class Steps {
   }
 
  private:
+  static constexpr int64_t kOneOfTheLast = int64_t{1} << 32;
+
   Step* next_;
+  const std::atomic<int>* const helpers_;
+  const bool last_first_;
 };
 
 // One thread on one image.
@@ -88,7 +100,11 @@ class Queue {
         num_shared_(num_shared),
         slots_(num_threads) {
     if (num_threads_ == 1) return;
-    for (Slot& slot : slots_) slot.steps = std::make_unique<Step[]>(max_steps_);
+    for (Slot& slot : slots_) {
+      slot.steps = std::make_unique<Step[]>(max_steps_);
+      // Threads that will get no image are about to come.
+      slot.helpers = num_threads_ > num_images_ ? 1 : 0;
+    }
   }
 
   // On each thread calls prepare(thread), then walk(Turn) until all images are walked.
@@ -110,6 +126,7 @@ class Queue {
     std::atomic<State> state{State::kIdle};
     int position = 0;
     std::unique_ptr<Step[]> steps;
+    std::atomic<int> helpers{0};  // that walk, or are expected to
   };
 
   // Walks images while there are any, then helps with the last ones.
@@ -131,7 +148,8 @@ class Queue {
         }
       }
       own.state.store(together ? State::kWalkingTogether : State::kWalking);
-      walk(Turn{position, thread, thread, Steps(together ? own.steps.get() : nullptr)});
+      walk(Turn{position, thread, thread,
+                Steps(together ? own.steps.get() : nullptr, &own.helpers, false)});
     }
     own.state.store(State::kIdle);
     // No slot takes another image now.
@@ -144,7 +162,9 @@ class Queue {
         state = other.state.load();
       }
       if (state == State::kWalkingTogether) {
-        walk(Turn{other.position, slot, thread, Steps(other.steps.get())});
+        other.helpers.fetch_add(1);
+        walk(Turn{other.position, slot, thread,
+                  Steps(other.steps.get(), &other.helpers, (thread - slot) % 2 != 0)});
       }
     }
   }

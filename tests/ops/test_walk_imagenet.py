@@ -178,6 +178,23 @@ def test_policy_decides(isa, threads, batch, pool):
         assert torch.equal(torch.cat(alone), policy_logits[:8])
 
 
+@pytest.mark.parametrize("config", [
+    ResNetConfig("basic", (1, 1), (32, 64), "imagenet", "projection", 3, (70, 24)),
+    ResNetConfig("bottleneck", (2, 1), (16, 40), "imagenet", "projection", 3),
+], ids=["narrow", "bottleneck"])  # fmt: skip
+def test_policy_of_another_architecture(config):
+    images = random_images(3, torch.float32, (40, 33))
+    policy = make_policy(images, config)
+    executor = make_executor(make_network(BASIC), policy)
+    logits, decisions, policy_logits = run_policy(executor, images)
+    pooled = torch.nn.functional.avg_pool2d(images, policy.input_pool)
+    keep_all = torch.ones(3, config.num_blocks, dtype=torch.bool)
+    alone = make_executor(policy.network).run(pooled, keep_all)
+    torch.testing.assert_close(policy_logits, alone, rtol=1e-4, atol=1e-4)
+    assert torch.equal(decisions, policy_logits >= 0)
+    assert torch.equal(logits, executor.run(images, decisions))
+
+
 @pytest.mark.parametrize(
     "function",
     [pytest.param(walk_imagenet_policy, marks=compiled), walk_imagenet_policy_reference],
