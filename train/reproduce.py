@@ -54,7 +54,7 @@ def reproduce(config: Reproduce) -> None:
         RuntimeError: a system's logits are wrong.
     """
     config = replace(config, out=config.out.resolve())
-    _, dataset = prepare(config)
+    _, dataset = prepare(replace(config, device="cpu"))  # where systems are evaluated and timed
     scale = _scale(config, dataset)
     parts = config.only or PARTS
     if TIMED & set(parts):
@@ -71,8 +71,8 @@ def reproduce(config: Reproduce) -> None:
     runs = closure(runs, wanted)
     _claim(config, scale, dataset)
     stages = _run_all(config, scale, runs)
-    rows = _measure(config, scale, dataset, points, runs, stages, parts)
-    _write(config, scale, dataset, points, rows, parts)
+    rows = _measure(config, dataset, points, runs, stages, parts)
+    _write(config, scale, dataset, points, stages, rows, parts)
 
 
 def _scale(config: Reproduce, dataset: Dataset) -> Scale:
@@ -146,7 +146,6 @@ def _usage(stage: Stage) -> int:
 
 def _measure(
     config: Reproduce,
-    scale: Scale,
     dataset: Dataset,
     points: dict[str, list[Point]],
     runs: dict[str, Run],
@@ -157,7 +156,7 @@ def _measure(
     keys, shown, systems = [], [], []
     for arch, own in points.items():
         for point in own:
-            system = system_of(point, runs, stages, scale, lambda run: _usage(stages[run]))
+            system = system_of(point, runs, stages, lambda run: _usage(stages[run]))
             if len(points) > 1:  # lines join systems of one network
                 system = replace(
                     system,
@@ -167,7 +166,7 @@ def _measure(
                 )
             keys.append((arch, point.key))
             shown.append(point.parts)
-            systems.append(replace(system, command=system.command.replace(f"{config.out}/", "")))
+            systems.append(system)
     groups = {system.group for system in systems}
     systems = [one if one.rival in groups else replace(one, rival=None) for one in systems]
     loaded = load_systems(systems, dataset)
@@ -194,12 +193,16 @@ def _write(
     scale: Scale,
     dataset: Dataset,
     points: dict[str, list[Point]],
+    stages: dict[str, Stage],
     rows: Rows,
     parts: tuple[str, ...],
 ) -> None:
     """The figures, JSON with the parts of this and of earlier calls, and a page of them."""
     path, machine = config.out / RESULT_FILE, machine_info()
-    results = _read(path) if path.exists() else {"parts": {}}
+    results = _read(path) if path.exists() else {"parts": {}, "runs": {}}
+    for name, stage in stages.items():
+        command = stage.command(scale.preset).replace(f"{config.out}/", "")
+        results["runs"][name] = {"seed": stage.config.seed, "command": command}
     title = f"{dataset.name}, {len(dataset.test)} test images"
     for part in parts:
         shown = {
@@ -219,14 +222,13 @@ def _write(
     results["command"] = Stage("reproduce", command).command(config.scale)
     write(path, json.dumps(results, indent=1))
     page = [f"# Reproduction: {dataset.name}", f"`{results['command']}`", NOTES]
-    made: dict[str, str] = {}
     for part in PARTS:
         if part in results["parts"]:
             page += [f"## {TITLES[part]}", results["parts"][part]["text"]]
-            for own in results["parts"][part]["systems"].values():
-                made |= {one["command"]: one["name"] for one in own.values()}
-    runs = "\n".join(f"- {name}: `{command}`" for command, name in made.items())
-    page += ["## Runs", "The last command of each system; `--seed 0` where none is named.", runs]
+    made = [
+        f"- {name}, seed {one['seed']}: `{one['command']}`" for name, one in results["runs"].items()
+    ]
+    page += ["## Runs", "\n".join(made)]
     text = "\n\n".join(page) + "\n"
     write(config.out / "reproduce.md", text)
     print(f"\n{text}\nwritten: {config.out}/reproduce.md, .json and figures")

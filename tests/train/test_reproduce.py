@@ -109,8 +109,7 @@ def test_systems_have_names_of_their_own(tmp_path):
         for name, run in runs.items()
     }
     systems = [
-        system_of(one, runs, stages, DIGITS, lambda _: 7)
-        for one in points_of("resnet32", DIGITS, runs)
+        system_of(one, runs, stages, lambda _: 7) for one in points_of("resnet32", DIGITS, runs)
     ]
     assert len({one.name for one in systems}) == len(systems)
     by_name = {one.name: one for one in systems}
@@ -243,7 +242,8 @@ def test_all_parts_killed_twice(tmp_path):
     for title in tables.TITLES.values():
         assert f"## {title}" in page
     assert "not executed" in page
-    assert page.count("`python -m train cascade ") == 1
+    assert page.count("`python -m train ") == 1 + len(runs)
+    assert "- resnet14-random-k-2, seed 2: `python -m train joint --preset quick " in page
     assert (killed / "fig3.png").exists()
     assert (killed / "times.png").exists()
     assert len(load_digits().test) == 355

@@ -97,6 +97,7 @@ def _draw(rows: Sequence[Row], title: str, path: Path, panels: Sequence[Panel]) 
                 label=group[0].system.group,
             )
         axis.margins(0.1)
+        axis.set_xlim(left=max(0, axis.get_xlim()[0]))
         axis.set(xlabel=panel.label, ylabel="accuracy, % (± standard error)")
         axis.grid(color="0.93")
         axis.spines[["top", "right"]].set_visible(False)

@@ -148,7 +148,6 @@ def system_of(
     point: Point,
     runs: dict[str, Run],
     stages: dict[str, Stage],
-    scale: Scale,
     usage: Callable[[str], int],
 ) -> System:
     """The system of a complete run.
@@ -156,7 +155,6 @@ def system_of(
     Args:
         point: which.
         runs, stages: all that are complete.
-        scale: of the reproduction.
         usage: run -> rounded mean usage.
     """
     options, k = dict(point.options), None if point.k_of is None else usage(point.k_of)
@@ -169,6 +167,5 @@ def system_of(
         group=point.group,
         checkpoint=str(stage.checkpoint),
         epochs=epochs_text(point.run, runs, stages),
-        command=stage.command(scale.preset),
         **options,
     )
