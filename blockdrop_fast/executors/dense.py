@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from blockdrop_fast.executors import Executor, gates
 from blockdrop_fast.executors.layers import Layers
+from blockdrop_fast.executors.slices import Slices
 from blockdrop_fast.networks.folding import FoldedNetwork
 
 
@@ -20,13 +22,23 @@ class DenseExecutor(Executor):
     def __init__(self, network: FoldedNetwork):
         self.logits_dtype = network.fc_weight.dtype
         self._layers = Layers(network)
+        self._slices = Slices(network)
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (B, K) bool decisions -> (B, num_classes) logits."""
-        return self.run_from(images, self._layers.stem(images), 0, decisions)
+
+        def run(images: Tensor, decisions: Tensor) -> Tensor:
+            return self._run_blocks(self._layers.stem(images), 0, decisions)
+
+        return self._slices.run(run, images, decisions)
 
     def run_from(self, images: Tensor, features: Tensor, after: int, decisions: Tensor) -> Tensor:
-        x = features
+        def run(_: Tensor, features: Tensor, decisions: Tensor) -> Tensor:
+            return self._run_blocks(features, after, decisions)
+
+        return self._slices.run(run, images, features, decisions)
+
+    def _run_blocks(self, x: Tensor, after: int, decisions: Tensor) -> Tensor:
         for k, block in islice(enumerate(self._layers.blocks), after, None):
             shortcut = block.shortcut(x)
             keep = decisions[:, k, None, None, None]
@@ -35,13 +47,17 @@ class DenseExecutor(Executor):
 
     def run_complete(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, num_classes) logits, all blocks kept: nothing to mask."""
+        return self._slices.run(self._run_complete, images)
+
+    def _run_complete(self, images: Tensor) -> Tensor:
         x = self._layers.stem(images)
         for block in self._layers.blocks:
             x = block.kept(x, block.shortcut(x))
         return self._layers.classifier(x)
 
     def run_weighted(self, images: Tensor, decisions: Tensor, weights: Tensor) -> Tensor:
-        return gates.run_weighted(self._layers, images, decisions, weights, dense_from=0.0)
+        run = partial(gates.run_weighted, self._layers, dense_from=0.0)
+        return self._slices.run(run, images, decisions, weights)
 
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits; nothing is shared."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from blockdrop_fast.executors import Executor, gates
 from blockdrop_fast.executors.layers import Layers
 from blockdrop_fast.executors.plan import plan, plan_sets
+from blockdrop_fast.executors.slices import Slices
 from blockdrop_fast.networks.folded_gates import FoldedGates
 from blockdrop_fast.networks.folding import FoldedNetwork
 from blockdrop_fast.networks.resnet import take_images
@@ -30,7 +32,8 @@ class GatherExecutor(Executor):
     """Gathers a block's active images, runs the block on them, puts the results back in place.
 
     A block that no image keeps costs nothing (a shape-changing shortcut still runs); one that
-    all images keep runs without gathering, and one that nearly all keep runs on all, masked.
+    all images keep runs without gathering, and one that nearly all keep runs on all, masked. On a
+    CPU large batches are cut into slices.
 
     Args:
         network: folded, of any architecture.
@@ -45,23 +48,36 @@ class GatherExecutor(Executor):
     ):
         self.logits_dtype = network.fc_weight.dtype
         self._layers = Layers(network)
+        self._slices = Slices(network)
         self._dense_from = dense_from
         self._gates: FoldedGates | None = None
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images and their (B, K) bool decisions -> (B, num_classes) logits."""
-        return self.run_from(images, self._layers.stem(images), 0, decisions)
+        dense_from = self._dense_from(len(images))
+
+        def run(images: Tensor, decisions: Tensor) -> Tensor:
+            return self._run_blocks(self._layers.stem(images), 0, decisions, dense_from)
+
+        return self._slices.run(run, images, decisions)
 
     def run_from(self, images: Tensor, features: Tensor, after: int, decisions: Tensor) -> Tensor:
-        planned, dense_from = plan(decisions), self._dense_from(len(images))
-        x = features
+        dense_from = self._dense_from(len(images))
+
+        def run(_: Tensor, features: Tensor, decisions: Tensor) -> Tensor:
+            return self._run_blocks(features, after, decisions, dense_from)
+
+        return self._slices.run(run, images, features, decisions)
+
+    def _run_blocks(self, x: Tensor, after: int, decisions: Tensor, dense_from: float) -> Tensor:
+        planned = plan(decisions)
         for k, block in islice(enumerate(self._layers.blocks), after, None):
             x = block.run(x, decisions[:, k], planned.active(k), dense_from)
         return self._layers.classifier(x)
 
     def run_weighted(self, images: Tensor, decisions: Tensor, weights: Tensor) -> Tensor:
-        dense_from = self._dense_from(len(images))
-        return gates.run_weighted(self._layers, images, decisions, weights, dense_from)
+        run = partial(gates.run_weighted, self._layers, dense_from=self._dense_from(len(images)))
+        return self._slices.run(run, images, decisions, weights)
 
     def set_gates(self, gates: FoldedGates) -> bool:
         self._gates = gates
@@ -69,14 +85,22 @@ class GatherExecutor(Executor):
 
     def run_gates(self, images: Tensor) -> tuple[Tensor, ...]:
         dense_from = self._dense_from(len(images))
-        return gates.run_gates(self._layers, self._gates, images, dense_from)
+        run = partial(gates.run_gates, self._layers, self._gates, dense_from=dense_from)
+        return self._slices.run(run, images)
 
     def run_exits(self, images: Tensor, decisions: Tensor) -> Tensor:
-        return gates.run_exits(self._layers, self._gates, images, decisions)
+        run = partial(gates.run_exits, self._layers, self._gates)
+        return self._slices.run(run, images, decisions)
 
     def run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
         """(B, 3, H, W) images, (S, B, K) bool -> (S, B, num_classes) logits, prefixes shared."""
-        planned = plan_sets(decisions)
+        by_image = decisions.transpose(0, 1)  # (B, S, K)
+        logits = self._slices.run(self._run_sets, images, by_image, rows=len(decisions))
+        return logits.transpose(0, 1)
+
+    def _run_sets(self, images: Tensor, decisions: Tensor) -> Tensor:
+        """(B, 3, H, W) images, (B, S, K) bool -> (B, S, num_classes) logits."""
+        planned = plan_sets(decisions.transpose(0, 1))
         x = self._layers.stem(images)
         for k, block in enumerate(self._layers.blocks):
             parents = planned.fork_parents[k]
@@ -84,4 +108,4 @@ class GatherExecutor(Executor):
                 x = torch.cat([x, take_images(x, parents)])
             keep = planned.plan.decisions[: len(x), k]
             x = block.run(x, keep, planned.plan.active(k), self._dense_from(len(x)))
-        return self._layers.classifier(x)[planned.rows]
+        return self._layers.classifier(x)[planned.rows.t()]

@@ -141,7 +141,8 @@ class Block:
             return self.kept(x, shortcut)
         if len(active) >= dense_from * len(x):
             return torch.where(keep[:, None, None, None], self.kept(x, shortcut), shortcut)
-        kept = self.kept(take_images(x, active), take_images(shortcut, active))
+        taken = take_images(shortcut, active)
+        kept = self.kept(taken if shortcut is x else take_images(x, active), taken)
         # The indices are unique, so a plain in-place store puts the rows back.
         shortcut.permute(0, 2, 3, 1).index_copy_(0, active.long(), kept.permute(0, 2, 3, 1))
         return shortcut
