@@ -24,7 +24,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test quick sanitize bench lint types package format clean \
-    check-cuda-build gpu gpu-check gpu-bench gpu-decide
+    check-aarch64 check-cuda-build gpu gpu-check gpu-bench gpu-decide
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
@@ -68,6 +68,9 @@ sanitize: install ## run the C++ kernels' tests under AddressSanitizer and UBSan
 	    $(BIN)/pytest tests/ops/test_plan.py tests/ops/test_walk.py tests/ops/test_walk_gates.py \
 	    tests/ops/test_walk_imagenet.py \
 	    $(PYTEST_FLAGS)
+
+check-aarch64: install ## compile the C++ kernels for aarch64, and run the walk's in an emulator
+	$(BIN)/pytest tests/ops/test_aarch64_build.py $(PYTEST_FLAGS)
 
 bench: install ## run the quick benchmarks (BENCH_FLAGS= for all)
 	$(BIN)/python -m pytest benchmarks $(BENCH_FLAGS) $(PYTEST_FLAGS)

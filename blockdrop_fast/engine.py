@@ -469,7 +469,7 @@ def compile(
             kernels that read its count on the device. So do calls that somebody else captures.
         compact: the walk of ImageNet networks keeps 3x3 convolutions in their plain form, instead
             of Winograd's: packed weights of ResNet-101 take 178 MB instead of 235, and a call
-            about a quarter longer.
+            1.3 times as long.
 
     Raises:
         TypeError: not a model of this package, a dtype that is not supported, or not by the walk.

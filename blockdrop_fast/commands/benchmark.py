@@ -14,6 +14,7 @@ import torch
 from blockdrop_fast.engine import compile
 from blockdrop_fast.executors import crossover
 from blockdrop_fast.files import atomic_write
+from blockdrop_fast.heuristics import random_k
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import calibration
 from blockdrop_fast.measure.contenders import (
@@ -96,6 +97,7 @@ def command(
     device: str = "cpu",
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     calibrate: bool = False,
+    density: float | None = None,
 ) -> None:
     """Time BlockDrop against the complete ResNet, policy network included, logits checked first.
 
@@ -114,7 +116,13 @@ def command(
         dtype: default: float32 on a CPU, bfloat16 on a GPU.
         calibrate: measure from which share of kept blocks on dropping does not pay on this
             device, and remember it for ``compile(strategy="auto")``.
+        density: each image keeps this share of the blocks, drawn at random, instead of the
+            published usage or a checkpoint's decisions.
     """
+    if density is not None and not 0 <= density <= 1:
+        raise ValueError(f"density: expected 0 to 1, got {density}")
+    if calibrate and density is not None:
+        raise ValueError("density: --calibrate has its own, expected none")
     if batch and min(batch) < 1:
         raise ValueError(f"batch: expected positive batch sizes, got {batch}")
     if calibrate and contenders:
@@ -139,6 +147,11 @@ def command(
         if calibrate:
             _calibrate(workload, run, json)
             continue
+        if density is not None:
+            layers = workload.model.backbone.config.layers
+            kept = round(density * sum(layers))
+            workload = workload.at(random_k(kept, layers, run.images, per_image=True))
+            source = f"random blocks, density {density:g}"
         names = list(contenders) or contender_names(quick, on_gpu)
         kinds = {CONTENDERS[name][0] for name in names if name in CONTENDERS}
         if "decides" in kinds and random:

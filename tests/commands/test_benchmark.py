@@ -57,6 +57,25 @@ def test_command_on_a_checkpoint(model, tmp_path, capsys):
     assert written["machine"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
+def test_command_at_a_density(model, tmp_path, capsys):
+    path, out = tmp_path / "small.safetensors", tmp_path / "out.json"
+    bdf.save(model, path)
+    names = ("eager", "gather")
+    benchmark.command(str(path), (32,), True, names, json=out, density=0.5)
+    kept = round(model.backbone.num_blocks / 2)
+    assert f"random blocks, density 0.5; 64 images, {kept}.0" in capsys.readouterr().out
+    (_, row) = json.loads(out.read_text())["rows"]
+    assert row["block_usage"] == [kept, 0]
+
+
+def test_bad_density():
+    with pytest.raises(ValueError, match=r"density: expected 0 to 1, got 1.5"):
+        benchmark.command("resnet32", density=1.5)
+    with pytest.raises(ValueError, match="density: --calibrate has its own"):
+        benchmark.command("resnet32", density=0.5, calibrate=True)
+
+
 def test_command_refuses_other_models(model, tmp_path):
     path = tmp_path / "backbone.safetensors"
     bdf.save(model.backbone, path)
