@@ -456,8 +456,8 @@ def compile(
             model's device.
         dtype: float32, float64, float16 or bfloat16, of weights and activations.
         strategy: "walk" carries each image along its own path (CIFAR networks, and on a CPU
-            ImageNet networks whose shortcuts are projections; in float32 on a CPU, in float16 or
-            bfloat16 on a GPU, whose logits are float32);
+            ImageNet networks without groups whose shortcuts are projections; in float32 on a CPU,
+            in float16 or bfloat16 on a GPU, whose logits are float32);
             "gather" runs each block on its active images; "dense" computes everything and masks,
             but for policies that decide on the way;
             "auto" takes the fastest that serves the network, ``strategy_reason`` says why.

@@ -43,8 +43,10 @@ class Conv:
             _HAS_FUSED and folded.weight.dtype == torch.float32 and folded.weight.is_cpu
         )
         self._packed: dict[bool, Tensor] = {}  # whether for several images -> weights
+        # With groups cuDNN's fused convolutions are untried; plain ones cost two passes more.
         self._on_cudnn = (
-            folded.weight.is_cuda
+            folded.groups == 1
+            and folded.weight.is_cuda
             and folded.weight.dtype in CUDNN_DTYPES
             and torch.backends.cudnn.is_available()
         )
@@ -61,7 +63,7 @@ class Conv:
         """relu(conv(x))."""
         if self._on_cudnn:
             return torch.cudnn_convolution_relu(
-                x, self._weight, self._bias, self._stride, self._padding, [1, 1], self._groups
+                x, self._weight, self._bias, self._stride, self._padding, [1, 1], 1
             )
         if not self._can_fuse:
             return self(x).relu_()
@@ -71,9 +73,8 @@ class Conv:
         """relu(conv(x) + other); ``other`` stays as it is."""
         if self._on_cudnn:
             return torch.cudnn_convolution_add_relu(
-                x, self._weight, other, 1.0, self._bias, self._stride, self._padding, [1, 1],
-                self._groups,
-            )  # fmt: skip
+                x, self._weight, other, 1.0, self._bias, self._stride, self._padding, [1, 1], 1
+            )
         # oneDNN, as torch 2.11 calls it, refuses to add images of a single pixel.
         if not self._can_fuse or other.shape[2] * other.shape[3] == 1:
             return self(x).add_(other).relu_()

@@ -14,6 +14,7 @@ from tests.gpu.conditions import on_gpu
 from tests.random_networks import (
     BOTTLENECK,
     CIFAR,
+    GROUPED,
     make_look_model,
     make_menu_policy,
     make_network,
@@ -68,7 +69,9 @@ def test_models_walk(kind):
 
 # It goes on by plain PyTorch where its graphs fail, and warns of that.
 @pytest.mark.filterwarnings("error:strategy 'gather'")
-@pytest.mark.parametrize("config", [CIFAR, BOTTLENECK], ids=["basic", "bottleneck"])
+@pytest.mark.parametrize(
+    "config", [CIFAR, BOTTLENECK, GROUPED], ids=["basic", "bottleneck", "grouped"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_gather(kind, config):
     check_model(kind, config, "gather")
