@@ -19,7 +19,7 @@ from blockdrop_fast.executors.gather import GatherExecutor
 from blockdrop_fast.executors.layers import Conv
 from blockdrop_fast.executors.walk import WalkExecutor
 from blockdrop_fast.measure.tolerance import make_reference
-from blockdrop_fast.networks.architectures import resnet50
+from blockdrop_fast.networks.architectures import resnet50, resnet_imagenet
 from blockdrop_fast.networks.folding import FoldedConv
 from blockdrop_fast.networks.policy import PolicyNetwork
 from blockdrop_fast.networks.resnet import ResNetConfig
@@ -125,6 +125,22 @@ def test_dtypes(strategy, dtype, config):
     decisions = make_decisions("random", IMAGES, config.num_blocks)
     engine = bdf.compile(make_network(config), dtype=dtype, strategy=strategy)
     check(engine, in_batches(engine, images, decisions, 16), images, decisions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("groups", "width_per_group"), [(32, 4), (1, 128)], ids=["resnext50_32x4d", "wide_resnet50_2"]
+)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_channels_of_resnext_and_wide_networks(groups, width_per_group, batch):
+    """ImageNet's own widths and classes, few blocks."""
+    with torch.device("meta"):
+        few = resnet_imagenet((1, 1, 2, 1), groups=groups, width_per_group=width_per_group)
+    network = make_network(few.config)
+    images = random_images(IMAGES, torch.float32, (64, 48))
+    decisions = make_decisions("random", IMAGES, 5)
+    engine = bdf.compile(network)
+    check(engine, in_batches(engine, images, decisions, batch), images, decisions)
 
 
 @pytest.mark.slow
@@ -256,6 +272,11 @@ def test_policy_that_the_walk_does_not_run(strategy):
     if extension_status().loaded:
         assert engine.strategy == "walk"
     check_policy(engine, images)
+
+
+def test_policy_beside_groups():
+    model, images = make_model(GROUPED)
+    check_policy(bdf.compile(model), images)
 
 
 def test_policy_on_pooled_images():
