@@ -6,14 +6,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 import tyro
 
-from blockdrop_fast.data.batches import load_digits
 from blockdrop_fast.measure.evaluation import Evaluation
 from train.config import Reproduce
 from train.frontier.rows import Row
@@ -190,17 +188,32 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-def start(out, *parts):
-    """The command, on a few digits."""
+# Dies where it prints a line that starts with the last of these, after one with each of the others.
+DYING = """
+import builtins, os, signal, sys
+until = sys.argv.pop(1).split(";")
+say = builtins.print
+def say_and_die(*words, **options):
+    say(*words, **options)
+    if until[0] and str(words[0]).startswith(until[0]):
+        del until[0]
+        if not until:
+            os.kill(os.getpid(), signal.SIGKILL)
+builtins.print = say_and_die
+from train.__main__ import main
+main()
+"""
+
+
+def run(out, *parts, until=""):
+    """Run the command on a few digits: exit status, and what it printed."""
     options = {"arch": "resnet14", "epochs": 1, "limit": 320, "threads": 1, "rounds": 1}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "train", "reproduce", "--preset", "quick", *words]
-    return subprocess.Popen(
-        [*command, "--out", str(out), "--only", *parts],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+    command = [sys.executable, "-c", DYING, until, "reproduce", "--preset", "quick", *words]
+    done = subprocess.run(
+        [*command, "--out", str(out), "--only", *parts], capture_output=True, text=True
     )
+    return done.returncode, done.stdout
 
 
 def findings(out):
@@ -216,23 +229,15 @@ def findings(out):
 
 @pytest.mark.slow
 def test_all_parts_killed_twice(tmp_path):
-    """The first kill is while a run is under way, the second while systems are evaluated."""
+    """First between an epoch and its checkpoint, then between two evaluations."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    whole = start(undisturbed, *PARTS)
-    printed = whole.communicate(timeout=1200)[0]
-    assert whole.returncode == 0
-    for until in ("resnet14-finetune-2: finetune, 1 epochs", "3/"):
-        process = start(killed, *PARTS)
-        for line in process.stdout:
-            if line.startswith(until):
-                time.sleep(0.3)
-                process.send_signal(signal.SIGKILL)
-                break
-        assert process.wait(timeout=60) == -signal.SIGKILL
+    status, printed = run(undisturbed, *PARTS)
+    assert status == 0
+    for until in ("resnet14-finetune-0.5: finetune, 1 epochs;epoch 1", "3/"):
+        assert run(killed, *PARTS, until=until)[0] == -signal.SIGKILL
     assert not (killed / "reproduce.json").exists()
-    again = start(killed, *PARTS)
-    text = again.communicate(timeout=600)[0]
-    assert again.returncode == 0
+    status, text = run(killed, *PARTS)
+    assert status == 0
     assert findings(killed) == findings(undisturbed)
     runs = runs_of("resnet14", DIGITS)
     assert f"0 of {len(runs)} runs are complete, left: resnet14 resnet8 " in printed
@@ -246,8 +251,6 @@ def test_all_parts_killed_twice(tmp_path):
     assert "- resnet14-random-k-2, seed 2: `python -m train joint --preset quick " in page
     assert (killed / "fig3.png").exists()
     assert (killed / "times.png").exists()
-    assert len(load_digits().test) == 355
     # A part alone leaves the others as they were.
-    part = start(killed, "table3")
-    part.communicate(timeout=600)
+    assert run(killed, "table3")[0] == 0
     assert findings(killed) == findings(undisturbed)
