@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +18,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     The file gets the permissions that a plain ``open`` would give it; a symbolic link stays one.
 
     Raises:
-        OSError: the folder does not exist or cannot be written.
+        OSError: naming the file: its folder does not exist or cannot be written, the disk is full.
     """
     path = Path(path).resolve()
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
+    except OSError as error:
+        raise _of(path, error) from None
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -28,8 +33,41 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename not in (None, name):
+            raise
+        raise _of(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes have left of ``path``; no other process may be writing it."""
+    for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}????????"):
+        leftover.unlink(missing_ok=True)
+
+
+def check_new_folder(folder: Path, size: int = 0) -> None:
+    """Make a folder, and raise before any work is done unless files can be written to it.
+
+    Args:
+        folder: may exist.
+        size: bytes that will be written.
+
+    Raises:
+        OSError: it cannot be made or written, or has less room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _of(folder, error) from None
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            f"{folder}: no room, {size / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free"
+        )
 
 
 def check_new_file(out: Path, suffixes: Sequence[str]) -> None:
@@ -45,6 +83,15 @@ def check_new_file(out: Path, suffixes: Sequence[str]) -> None:
         raise ValueError(f"out: expected a name that ends in {endings}, got {str(out)!r}")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"out: the folder {str(out.parent)!r} does not exist")
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}."
+
+
+def _of(path: Path, error: OSError) -> OSError:
+    """The error, naming a path that the user knows."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def _umask() -> int:

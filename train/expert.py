@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
-from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure.static_line import static_line
+from blockdrop_fast.networks.checkpoints import read_torch, write_torch
 from blockdrop_fast.networks.menu import Menu
 from train.config import Expert
 from train.groups import class_groups, confusion_of, own_blocks
@@ -209,7 +209,7 @@ def _make_examples(
     """The menu and what is right with it; from the run's folder if it is there already."""
     path = config.out / EXAMPLES_FILE
     if config.resume and path.exists():
-        return torch.load(path, weights_only=True)
+        return read_torch(path)
     if start is not None:
         menu = start.menu.sets.cpu()
         right = make_examples(engine, train, menu, config.workers)
@@ -221,9 +221,7 @@ def _make_examples(
     examples = {"menu": menu, "right": right}
     for kept, share in zip(menu.sum(1).tolist(), examples["right"].mean(0).tolist(), strict=True):
         print(f"examples: {kept} blocks, right {100 * share:.1f} %")
-    config.out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        torch.save(examples, temporary)
+    write_torch(examples, path)
     return examples
 
 

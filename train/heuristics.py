@@ -13,7 +13,7 @@ import json
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import atomic_write, check_new_folder
 from blockdrop_fast.networks.checkpoints import load_any
 from train.config import Heuristics
 from train.loop import evaluate_test, prepare
@@ -23,6 +23,7 @@ def heuristics(config: Heuristics) -> None:
     """Evaluate the three heuristics at K kept blocks, beside the model's own policy."""
     if config.model is None:
         raise ValueError("model: a BlockDrop or backbone checkpoint is required")
+    check_new_folder(config.out)
     device, dataset = prepare(config)
     model = load_any(config.model)
     try:
@@ -57,6 +58,5 @@ def heuristics(config: Heuristics) -> None:
         )
     for name, row in rows.items():
         print(f"{name:20} accuracy {100 * row.accuracy:6.2f} %  blocks {row.block_usage:5.2f}")
-    config.out.mkdir(parents=True, exist_ok=True)
     with atomic_write(config.out / "heuristics.json") as path:
         path.write_text(json.dumps({name: row.to_dict() for name, row in rows.items()}, indent=1))

@@ -23,13 +23,14 @@ from blockdrop_fast.data.image_sets import (
     ImageSet,
     Normalization,
 )
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import atomic_write, check_new_folder, remove_leftovers
 from blockdrop_fast.measure.evaluation import Evaluation, evaluate
 from blockdrop_fast.measure.static_line import (
     cached_accuracies,
     cached_static_line,
     default_images,
 )
+from blockdrop_fast.networks.checkpoints import read_torch, write_torch
 from train.config import Common
 
 STATE_FILE = "state.pt"
@@ -57,7 +58,13 @@ class NonFiniteLossError(RuntimeError):
 
 
 def check_out(config: Common) -> None:
-    """Raise FileExistsError if a run's folder holds another one, which is not to be resumed."""
+    """Make a run's folder.
+
+    Raises:
+        FileExistsError: it holds another run, which is not to be resumed.
+        OSError: it cannot be made or written.
+    """
+    check_new_folder(config.out)
     if (config.out / STATE_FILE).exists() and not config.resume:
         raise FileExistsError(
             f"out: {config.out} holds a run already; continue it with --resume, or name "
@@ -68,6 +75,19 @@ def check_out(config: Common) -> None:
 def options_text(config: Common) -> str:
     """A run's options, as its state on disk keeps them: JSON."""
     return json.dumps(asdict(config), default=str)
+
+
+def read_state(path: Path) -> dict:
+    """The state of a run, ``STATE_FILE``.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is something else, or damaged.
+    """
+    state = read_torch(path)
+    if not {"config", "history", "epoch", "step", "model"} <= state.keys():
+        raise ValueError(f"{path} is not the checkpoint of a run")
+    return state
 
 
 def changed_options(started_with: str, config: Common) -> list[str]:
@@ -99,7 +119,9 @@ class Run:
 
     Raises:
         FileExistsError: the folder holds a run and ``--resume`` was not given.
-        ValueError: ``--resume`` with other options than the run was started with.
+        ValueError: ``--resume`` with other options than the run was started with, or from a file
+            that is damaged.
+        OSError: the folder cannot be written, or has no room for a checkpoint.
     """
 
     def __init__(
@@ -116,8 +138,10 @@ class Run:
         self.history: list[dict] = []
         self.first_epoch = 1
         self.step = 0
-        config.out.mkdir(parents=True, exist_ok=True)
         check_out(config)
+        for name in (STATE_FILE, MODEL_FILE, METRICS_FILE):
+            remove_leftovers(config.out / name)
+        check_new_folder(config.out, self._checkpoint_size())
         if (config.out / STATE_FILE).exists():
             self._restore(config.out / STATE_FILE)
         self._writer = SummaryWriter(str(config.out), purge_step=self.first_epoch)
@@ -230,11 +254,21 @@ class Run:
         with atomic_write(self.config.out / METRICS_FILE) as path:
             path.write_text(json.dumps(self.history, indent=1))
         # Last: what a resumed run starts from is never older than the files beside it.
-        with atomic_write(self.config.out / STATE_FILE) as path:
-            torch.save(state, path)
+        write_torch(state, self.config.out / STATE_FILE)
+
+    def _checkpoint_size(self) -> int:
+        """Bytes that a checkpoint takes: the model, and again in the state, beside its moments."""
+        model = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        moments = [
+            one.nbytes * (2 if "betas" in group else 1)
+            for group in groups
+            for one in group["params"]
+        ]
+        return 2 * model + sum(moments)
 
     def _restore(self, path: Path) -> None:
-        state = torch.load(path, map_location=device_of(self.model), weights_only=True)
+        state = read_state(path)
         changed = changed_options(state["config"], self.config)
         if changed:
             raise ValueError(

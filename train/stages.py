@@ -8,11 +8,9 @@ from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
 from train import config as stages_config
 from train.config import Common
-from train.loop import MODEL_FILE, STATE_FILE, changed_options
+from train.loop import MODEL_FILE, STATE_FILE, changed_options, read_state
 from train.systems import config as systems_config
 
 STAGES = stages_config.STAGES | systems_config.SYSTEMS
@@ -86,7 +84,7 @@ class Stage:
         return shlex.join(words)
 
     def _state(self) -> dict:
-        return torch.load(self.config.out / STATE_FILE, map_location="cpu", weights_only=True)
+        return read_state(self.config.out / STATE_FILE)
 
 
 def run_stages(stages: dict[str, Stage]) -> None:

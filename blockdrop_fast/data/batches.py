@@ -54,9 +54,9 @@ def load_dataset(data: str | Path | None = None) -> Dataset:
 
     Raises:
         FileNotFoundError, NotADirectoryError: the folder, or a file that belongs in it, is missing.
-        ValueError: the folder's layout, classes or image sizes are not as described.
+        ValueError: the folder's layout, classes or image sizes are not as described, or a CIFAR
+            file is damaged, or holds anything but plain data.
         OSError: an image cannot be read; the message names it.
-        pickle.UnpicklingError: a CIFAR file is damaged, or holds anything but plain data.
     """
     source = "data"
     if data is None:

@@ -45,7 +45,7 @@ def read(path: Path, format: str, check: Callable[[dict], object]) -> list[dict]
         return content["entries"]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         warnings.warn(
             f"{path} is no file of the format {format!r} and is ignored "
             f"({type(error).__name__}: {error})",

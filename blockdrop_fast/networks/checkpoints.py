@@ -6,10 +6,13 @@ architecture from keys and shapes, load strictly. Nothing in a file is ever exec
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -49,6 +52,7 @@ from blockdrop_fast.networks.spatial_halting import SpatialHaltingPolicy
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "blockdrop_fast"
+_CHECKSUM_KEY = "crc32"  # of our metadata and all tensors; files of before 0.2 have none
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
@@ -293,10 +297,24 @@ def _read(path: Path) -> tuple[dict, dict | None]:
     # A safetensors file is the length of its header in 8 bytes, and then the header in JSON.
     if path.suffix == ".safetensors" or start[8:9] == b"{":
         return _read_safetensors(path)
+    return read_torch(path), None
+
+
+def read_torch(path: Path) -> dict:
+    """Read a dictionary that ``torch.save`` wrote, of tensors, on the CPU, and of plain values.
+
+    Raises:
+        OSError: the file cannot be opened.
+        CheckpointError: it is no such file, unsafe or damaged.
+    """
+    with open(path, "rb") as file:
+        start = file.read(2)
     # Zip archives (torch.save since 1.6) and pickles (before) begin like this.
     if not start.startswith((b"PK", b"\x80")):
         raise CheckpointError(f"{path}: is neither a safetensors nor a PyTorch file")
     try:
+        if start == b"PK":
+            _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # The first line says it; PyTorch's others advise to load the file unsafely.
@@ -314,7 +332,30 @@ def _read(path: Path) -> tuple[dict, dict | None]:
         raise CheckpointError(
             f"{path}: expected a dictionary of tensors, got a {type(content).__name__}"
         )
-    return content, None
+    return content
+
+
+def write_torch(content: dict, path: Path) -> None:
+    """Write what ``read_torch`` reads, atomically.
+
+    Raises:
+        OSError: it cannot be written; an earlier file is then untouched.
+    """
+    # Not straight into the file: errors of a full disk would be RuntimeErrors that do not say so.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError unless the checksums of a zip archive are right: PyTorch does not look."""
+    with zipfile.ZipFile(path) as archive:
+        if not any(entry.CRC for entry in archive.infolist()):
+            return  # torch.serialization.set_crc32_options(False)
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"wrong checksum of {damaged}")
 
 
 def _reason(error: Exception) -> str:
@@ -327,14 +368,17 @@ def _reason(error: Exception) -> str:
 def _read_safetensors(path: Path) -> tuple[Tensors, dict | None]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
+            metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise CheckpointError(
             f"{path}: cannot be read as safetensors, it may be truncated ({error})"
         ) from None
-    if text is None:
+    if _METADATA_KEY not in metadata:
         return tensors, None
+    text, checksum = metadata[_METADATA_KEY], metadata.get(_CHECKSUM_KEY)
+    if checksum not in (None, _checksum(tensors, text)):
+        raise CheckpointError(f"{path}: damaged, its checksum is wrong")
     try:
         metadata = json.loads(text)
         version = metadata["format_version"]
@@ -345,6 +389,16 @@ def _read_safetensors(path: Path) -> tuple[Tensors, dict | None]:
             f"{path}: has format version {version!r}, this blockdrop_fast reads {FORMAT_VERSION}"
         )
     return tensors, metadata
+
+
+def _checksum(tensors: Tensors, text: str) -> str:
+    checksum = zlib.crc32(text.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        about = f"{key} {tensor.dtype} {tuple(tensor.shape)}"
+        checksum = zlib.crc32(about.encode(), checksum)
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+    return f"{checksum:08x}"
 
 
 def _state_dict(content: Mapping, entries: tuple[str, ...], where: str) -> Tensors:
@@ -732,8 +786,10 @@ def save(
         key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, value in state.items()
     }
+    text = json.dumps(metadata)
+    about = {_METADATA_KEY: text, _CHECKSUM_KEY: _checksum(tensors, text)}
     with atomic_write(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
+        temporary.write_bytes(safetensors.torch.save(tensors, about))
 
 
 def _check_names(model: nn.Module, networks: Sequence[str]) -> None:

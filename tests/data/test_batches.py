@@ -237,7 +237,7 @@ def test_code_in_cifar_files_is_refused(tmp_path, protocol):
     write_cifar10(folder, write_as_python2)
     content = {"data": Malicious(tmp_path / "owned"), "labels": []}
     (folder / "data_batch_3").write_bytes(pickle.dumps(content, protocol=protocol))
-    with pytest.raises(pickle.UnpicklingError, match=r"data_batch_3.*refused.*mkdir"):
+    with pytest.raises(ValueError, match=r"data_batch_3.*refused.*mkdir"):
         load_dataset(folder)
     assert not (tmp_path / "owned").exists()
 
@@ -247,7 +247,7 @@ def test_other_functions_in_cifar_files_are_refused(tmp_path, name):
     folder = tmp_path / "cifar-10-batches-py"
     write_cifar10(folder, write_as_python2)
     (folder / "test_batch").write_bytes(b"\x80\x02c" + name.encode() + b"\n.")
-    with pytest.raises(pickle.UnpicklingError, match="refused"):
+    with pytest.raises(ValueError, match="refused"):
         load_dataset(folder)
 
 
@@ -256,7 +256,7 @@ def test_object_arrays_in_cifar_files_are_refused(tmp_path):
     write_cifar10(folder, write_as_python2)
     content = {"data": np.array([[1, None]], dtype=object), "labels": [0]}
     (folder / "test_batch").write_bytes(pickle.dumps(content))
-    with pytest.raises(pickle.UnpicklingError, match="expected uint8"):
+    with pytest.raises(ValueError, match="expected uint8"):
         load_dataset(folder)
 
 
@@ -265,7 +265,7 @@ def test_truncated_and_missing_cifar_files_are_named(tmp_path):
     write_cifar10(folder, write_as_python2)
     whole = (folder / "data_batch_2").read_bytes()
     (folder / "data_batch_2").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(pickle.UnpicklingError, match="data_batch_2: damaged"):
+    with pytest.raises(ValueError, match="data_batch_2: damaged"):
         load_dataset(folder)
     (folder / "data_batch_2").unlink()
     with pytest.raises(FileNotFoundError, match="data_batch_2"):

@@ -442,12 +442,13 @@ def test_failed_save_leaves_the_earlier_file(tmp_path, tiny_model, monkeypatch):
     save(tiny_model, path)
     earlier = path.read_bytes()
 
-    def full_disk(tensors, filename, metadata):
-        Path(filename).write_bytes(b"half a file")
+    def full_disk(file, content):
+        with open(file, "wb") as written:
+            written.write(content[:1000])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: '.*model.safetensors'"):
         save(tiny_model, path)
     assert path.read_bytes() == earlier
     assert list(tmp_path.iterdir()) == [path]
@@ -564,6 +565,29 @@ def test_bytes_changed_at_random_never_escape_as_another_error(tmp_path, kind):
         except CheckpointError:
             refused += 1
     assert refused > 15
+
+
+@pytest.mark.parametrize("kind", ["zip", "own"])
+def test_a_changed_weight_is_noticed(tmp_path, tiny_model, kind):
+    path = tmp_path / "net"
+    if kind == "own":
+        save(tiny_model, path)
+    else:
+        torch.save(tiny_model.backbone.state_dict(), path)
+    data, weight = bytearray(path.read_bytes()), tiny_model.backbone.fc.weight
+    data[data.index(weight.detach().numpy().tobytes()) + 10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"net: .*checksum"):
+        load_backbone(path)
+
+
+def test_archives_without_checksums_are_read(tmp_path, tiny_model):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tiny_model.backbone.state_dict(), tmp_path / "net.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same_network(load_backbone(tmp_path / "net.pt"), tiny_model.backbone)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import atomic_write, check_new_folder
 from blockdrop_fast.networks.cascade import blocks_of
 from blockdrop_fast.networks.checkpoints import load_any
 from train.loop import (
@@ -46,6 +46,7 @@ def cascade(config: Cascade) -> None:
     if sizes != sorted(sizes):
         raise ValueError(f"networks: expected from small to large, got {sizes} blocks")
     budget = budget_of(config.budget, [*accumulate(sizes)], sizes[-1])
+    check_new_folder(config.out)
     device, dataset = prepare(config)
     model.to(device, memory_format=torch.channels_last)
     dtype = engine_dtype(config, device)
@@ -55,7 +56,6 @@ def cascade(config: Cascade) -> None:
     model.set_rules(rules)
     metrics = summary(report)
     print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    config.out.mkdir(parents=True, exist_ok=True)
     names = [str(path) for path in config.networks]
     shipped = set(names) <= set(bdf.pretrained())
     bdf.save(model, config.out / MODEL_FILE, networks=names if shipped else None)
