@@ -23,7 +23,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quick sanitize bench lint types package format clean \
+.PHONY: help install demo test quick sanitize fuzz faults bench lint types package format clean \
     check-aarch64 check-cuda-build gpu gpu-check gpu-bench gpu-decide
 
 help: ## list the targets
@@ -71,6 +71,13 @@ sanitize: install ## run the C++ kernels' tests under AddressSanitizer and UBSan
 
 check-aarch64: install ## compile the C++ kernels for aarch64, and run the walk's in an emulator
 	$(BIN)/pytest tests/ops/test_aarch64_build.py $(PYTEST_FLAGS)
+
+fuzz: install ## 10,000 public calls with random arguments, against float64 (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 10000
+
+faults: install ## damage 300 files of each kind, and kill 300 saves (10 minutes)
+	$(BIN)/python -m tests.faults --cases 300
+	BLOCKDROP_KILLS=300 $(BIN)/python -m pytest tests/test_faults.py -k kill_while_saving
 
 bench: install ## run the quick benchmarks (BENCH_FLAGS= for all)
 	$(BIN)/python -m pytest benchmarks $(BENCH_FLAGS) $(PYTEST_FLAGS)

@@ -20,8 +20,9 @@ def check_tensor(name: str, tensor: Tensor, device: torch.device | None) -> None
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got one of layout {tensor.layout}")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else f"{tensor.layout} of {tensor.dtype}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if device is None or tensor.device == device:
         return
     if tensor.is_meta:

@@ -30,8 +30,6 @@ import torch
 from PIL import Image
 
 import blockdrop_fast as bdf
-from benchmarks.frontier import _earlier
-from benchmarks.frontier_systems import read_systems
 from blockdrop_fast.data.batches import batches_of, load_dataset
 from blockdrop_fast.executors import crossover, measured, proven
 from blockdrop_fast.networks.checkpoints import load_any, load_policy, read_torch, write_torch
@@ -39,6 +37,8 @@ from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.triton_kernels.config import Config, Problem, read_table
 from tests.data.test_batches import write_as_python2, write_cifar10, writer_with_protocol
 from tests.networks.state_dicts import authors_keys, authors_policy_keys, torchvision_keys
+from train.frontier.evaluation import earlier_results
+from train.frontier.systems import read_systems
 
 TINY = bdf.ResNetConfig("basic", (2, 1, 1), (4, 8, 16), "cifar", "average_pool", 3)
 MEMORY = 12 << 30  # bytes of address space: what a damaged number asks for fails at once
@@ -229,7 +229,7 @@ KINDS = {
     ),
     "configurations": Kind(_configurations, lambda folder: read_table(folder / "table.json")),
     "systems.json": Kind(_systems, lambda folder: read_systems(folder / "systems.json")),
-    "frontier.json": Kind(_frontier, lambda folder: _earlier(folder / "frontier.json")),
+    "frontier.json": Kind(_frontier, lambda folder: earlier_results(folder / "frontier.json")),
 }
 
 

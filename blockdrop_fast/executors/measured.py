@@ -34,7 +34,8 @@ def read(path: Path, format: str, check: Callable[[dict], object]) -> list[dict]
     Args:
         path: of the file, which need not exist.
         format: what it has to call itself.
-        check: raises KeyError, TypeError, ValueError or AttributeError unless an entry is one.
+        check: raises KeyError, TypeError, ValueError, AttributeError or OverflowError unless an
+            entry is one.
     """
     try:
         content = json.loads(path.read_text())

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from blockdrop_fast.decisions import check_tensor
 from blockdrop_fast.engine import Engine
 from blockdrop_fast.executors.cascade import CascadeEngine
 from blockdrop_fast.measure.routing import (
@@ -164,9 +165,11 @@ def evaluate(
         static_accuracies: (K+1,), of the static line on these images.
 
     Raises:
-        ValueError: no images, labels outside of the network's classes, a budget that the policy
-            network cannot meet or beside ``decide``, ``decide`` where blocks alone do not say what
-            is computed, ``shuffles`` below 0, or another number of static accuracies.
+        TypeError: images or labels that are no tensors of values.
+        ValueError: no images, another number of labels, or such outside of the network's classes, a
+            budget that the policy network cannot meet or beside ``decide``, ``decide`` where blocks
+            alone do not say what is computed, ``shuffles`` below 0, or another number of static
+            accuracies.
     """
     cascade = isinstance(engine, CascadeEngine)
     if decide is not None and (cascade or _has_exits(engine)):
@@ -186,11 +189,7 @@ def evaluate(
     weights: Tensor | None = None
     drawn = _Drawn(routing_images if shuffles and varies else 0)
     for images, labels in batches:
-        if labels.numel() and int(labels.max()) >= engine.config.num_classes:
-            raise ValueError(
-                f"labels: class {int(labels.max())} met, but the network has "
-                f"{engine.config.num_classes} classes"
-            )
+        _check_batch(images, labels, engine.config.num_classes)
         images = images.to(engine.device, engine.dtype)
         if decide is None:
             output = engine(images, budget)
@@ -221,6 +220,20 @@ def evaluate(
             envelope_accuracy=at_usage(concave_envelope(static_accuracies), evaluation.block_usage),
         )
     return evaluation
+
+
+def _check_batch(images: Tensor, labels: Tensor, num_classes: int) -> None:
+    check_tensor("images", images, None)
+    check_tensor("labels", labels, None)
+    if images.ndim == 0 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels: expected one of each image, got {tuple(labels.shape)} for images "
+            f"{tuple(images.shape)}"
+        )
+    if labels.numel() and int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"labels: class {int(labels.max())} met, but the network has {num_classes} classes"
+        )
 
 
 class _Drawn:

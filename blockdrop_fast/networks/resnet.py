@@ -311,6 +311,11 @@ class ResNet(nn.Module):
                 yield block, (shortcut if index == 0 else identity)
 
     def stem(self, images: Tensor) -> Tensor:
+        """What the first block is given; images and errors as of ``forward``."""
+        self._check_images(images)
+        return self._stem(images)
+
+    def _stem(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> the input of block 1."""
         x = F.relu(self.bn1(self.conv1(images)))
         return F.max_pool2d(x, 3, 2, 1) if self.config.stem == "imagenet" else x
@@ -345,7 +350,7 @@ class ResNet(nn.Module):
         decisions = self._check_decisions(images, decisions)
         if images.shape[0] == 0:
             return images.new_zeros(0, self.config.num_classes)
-        x = self._run(self.stem(images), range(self.num_blocks), decisions, active_only)
+        x = self._run(self._stem(images), range(self.num_blocks), decisions, active_only)
         return self.classifier(x)
 
     def features(self, images: Tensor, after: int) -> Tensor:
@@ -358,7 +363,6 @@ class ResNet(nn.Module):
         Returns:
             (B, C, H, W), for ``forward_from``.
         """
-        self._check_images(images)
         return self._run(self.stem(images), range(after), None, False)
 
     def forward_from(
