@@ -11,6 +11,7 @@ PYTHON ?= python3
 TORCH ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?= --quick
+MINUTES ?= 5
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +24,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quick sanitize fuzz faults bench lint types package format clean \
+.PHONY: help install demo test quick sanitize tsan fuzz faults load audit bench lint types package format clean \
     check-aarch64 check-cuda-build gpu gpu-check gpu-bench gpu-decide
 
 help: ## list the targets
@@ -71,6 +72,21 @@ sanitize: install ## run the C++ kernels' tests under AddressSanitizer and UBSan
 
 check-aarch64: install ## compile the C++ kernels for aarch64, and run the walk's in an emulator
 	$(BIN)/pytest tests/ops/test_aarch64_build.py $(PYTEST_FLAGS)
+
+# Without torch, whose threads the sanitizer does not understand.
+tsan: ## run the CPU walk's queue, parts and gates under ThreadSanitizer
+	mkdir -p build
+	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Itests/tsan -Icsrc tests/tsan/walk_threads.cpp \
+	    csrc/cpu/walk_program.cpp csrc/cpu/walk_gated.cpp csrc/cpu/walk_portable.cpp -o build/walk_threads
+	TSAN_OPTIONS=halt_on_error=1 build/walk_threads 100
+
+load: install ## eight threads on one engine and on eight (MINUTES=5)
+	$(BIN)/python -m tests.load --minutes $(MINUTES)
+
+audit: ## known vulnerabilities of the pinned dependencies; asks a service
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip --disable-pip-version-check install -q pip-audit
+	build/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
 fuzz: install ## 10,000 public calls with random arguments, against float64 (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 10000
