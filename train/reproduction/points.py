@@ -96,8 +96,11 @@ def points_of(arch: str, scale: Scale, runs: dict[str, Run]) -> list[Point]:
             )
     for one in scale.penalties:
         first = ("table1", "table2") if one == scale.penalty else ()
-        parts = (*first, "table3", "fig3", "times")
-        for stage, group in (("curriculum", "curriculum"), ("finetune", "finetuned")):
+        # Without finetuning accuracies are so low that a figure would show nothing else.
+        for stage, group, last in (
+            ("curriculum", "curriculum", ()),
+            ("finetune", "finetuned", ("fig3", "times")),
+        ):
             name = f"{arch}-{stage}-{one:g}"
             points.append(
                 Point(
@@ -105,7 +108,7 @@ def points_of(arch: str, scale: Scale, runs: dict[str, Run]) -> list[Point]:
                     f"{group}, γ = {one:g}",
                     f"BlockDrop, {group}",
                     name,
-                    parts,
+                    (*first, "table3", *last),
                     static,
                 )
             )
@@ -122,7 +125,7 @@ def points_of(arch: str, scale: Scale, runs: dict[str, Run]) -> list[Point]:
     ]
     both = ("table2", "fig3", "times")
     points += [
-        Point("sequential", "seq", "BlockDrop-seq", f"{arch}-sequential", both, static),
+        Point("sequential", "seq", "BlockDrop-seq", f"{arch}-sequential", ("table2",), static),
         Point("joint", "seq, joint", "BlockDrop-seq", f"{arch}-sequential-joint", both, static),
     ]
     for key, label, group in (
