@@ -6,7 +6,11 @@ import sys
 
 import tyro
 
+from train import distributed
 from train.stages import PRESETS, STAGES, function_of
+
+# They time what they have trained.
+IN_ONE_PROCESS = ("demo", "reproduce")
 
 
 def main() -> None:
@@ -31,7 +35,10 @@ def main() -> None:
         STAGES[stage], args=rest, default=PRESETS[preset][stage], prog=f"python -m train {stage}"
     )
     try:
-        function_of(stage)(config)
+        with distributed.processes(config):
+            if stage in IN_ONE_PROCESS and distributed.count() > 1:
+                raise ValueError("runs in one process, without torchrun")
+            function_of(stage)(config)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"{stage}: {error}")
 

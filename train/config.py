@@ -38,6 +38,11 @@ class Common:
     """Epochs between evaluations on the test split; the last epoch always has one."""
     limit: int | None = None
     """Use only so many training images."""
+    sync_bn: bool = False
+    """Of several processes on GPUs: training statistics of batch norm cover all images of a batch,
+    not those of a process alone."""
+    timeout: float = 600.0
+    """Of several processes: seconds after which one that does not answer is lost, and all end."""
     routing_images: int = 2000
     """Test images on which evaluations also shuffle the decisions, five times, for the routing
     gain; 0: none."""

@@ -18,6 +18,7 @@ from torch import Tensor
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import Dataset
 from blockdrop_fast.networks.checkpoints import init_policy_from_resnet18, load_policy
+from train import distributed
 from train.config import Curriculum
 from train.loop import (
     MODEL_FILE,
@@ -62,7 +63,7 @@ def curriculum(config: Curriculum) -> None:
 
     def decide_at(forced: int) -> Callable[[Tensor], Tensor]:
         def decide(images: Tensor) -> Tensor:
-            decisions = bdf.decide(engine.probabilities(images))
+            decisions = bdf.decide(distributed.share(engine.probabilities, images))
             decisions[:, :forced] = True
             return decisions
 
@@ -101,7 +102,7 @@ def train_policy(
         generator = sampling_generator(config.seed, epoch, engine.device)
         (model if joint else model.policy).train()
         for images, labels in run.batches(dataset.train, epoch, config.batch_size):
-            step = take_step(images, labels, config, forced, generator, price)
+            step = run.compute(take_step, images, labels, config, forced, generator, price)
             run.check_finite(step.loss, epoch=epoch, reward=step.rewards.mean().item())
             for optimizer in run.optimizers:
                 optimizer.zero_grad(set_to_none=True)

@@ -25,11 +25,11 @@ from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from blockdrop_fast.measure.static_line import static_line
 from blockdrop_fast.networks.checkpoints import read_torch, write_torch
 from blockdrop_fast.networks.menu import Menu
+from train import distributed
 from train.config import Expert
 from train.groups import class_groups, confusion_of, own_blocks
 from train.loop import (
     EVALUATION_BATCH,
-    Means,
     Run,
     autocast,
     check_out,
@@ -96,28 +96,21 @@ def expert(config: Expert) -> None:
     run = Run(config, model, [optimizer], [scheduler, trained.classes])
     engine = bdf.compile(model, dtype=engine_dtype(config, device))
     right, labels = examples["right"].to(device), train.labels.to(device)
+
+    def step(images: Tensor, numbers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with autocast(config, device):
+            value, classes = trained(images)
+            classification = F.cross_entropy(classes, labels[numbers])
+            regression = F.binary_cross_entropy_with_logits(value, right[numbers])
+        return config.classify * classification + config.value * regression, {
+            "value_loss": regression,
+            "class_accuracy": (classes.argmax(1) == labels[numbers]).float().mean(),
+        }
+
     static = None
     for epoch in run.epochs():
-        means = Means()
         policy.train()
-        for images, numbers in run.batches(train, epoch, config.batch_size, numbered=True):
-            with autocast(config, device):
-                value, classes = trained(images)
-                classification = F.cross_entropy(classes, labels[numbers])
-                regression = F.binary_cross_entropy_with_logits(value, right[numbers])
-            loss = config.classify * classification + config.value * regression
-            run.check_finite(loss, epoch=epoch, lr=scheduler.get_last_lr()[0])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            means.add(
-                len(images),
-                value_loss=regression,
-                class_accuracy=(classes.argmax(1) == labels[numbers]).float().mean(),
-            )
-            if run.step % 20 == 0:
-                run.show(**means.items())
+        means = run.descend(train, epoch, step, numbered=True)
         metrics = {f"train_{name}": value for name, value in means.items().items()}
         calibrate(model, held_out, budget, config.workers)
         if run.due(epoch, config.evaluate_every):
@@ -174,7 +167,7 @@ def make_examples(
         (N, M) float32 on the CPU, see ``outcomes``.
     """
     rows = max(1, ROWS // len(sets))
-    result = []
+    engine, result = distributed.shared(engine), []
     for images, labels in plain_batches(engine.backbone, image_set, rows, workers):
         decisions = sets.to(engine.device)[:, None].expand(-1, len(images), -1)
         logits = engine.run_sets(images.to(engine.dtype), decisions).float()
@@ -208,7 +201,8 @@ def _make_examples(
 ) -> dict[str, Tensor]:
     """The menu and what is right with it; from the run's folder if it is there already."""
     path = config.out / EXAMPLES_FILE
-    if config.resume and path.exists():
+    # A process that is late may find what the first one has just written.
+    if config.resume and distributed.gathered(path.exists())[0]:
         return read_torch(path)
     if start is not None:
         menu = start.menu.sets.cpu()
@@ -221,7 +215,8 @@ def _make_examples(
     examples = {"menu": menu, "right": right}
     for kept, share in zip(menu.sum(1).tolist(), examples["right"].mean(0).tolist(), strict=True):
         print(f"examples: {kept} blocks, right {100 * share:.1f} %")
-    write_torch(examples, path)
+    if distributed.is_first():
+        write_torch(examples, path)
     return examples
 
 
@@ -242,6 +237,7 @@ def _find_groups(config: Expert, engine: bdf.Engine, train: ImageSet | ImageFold
         return torch.zeros(engine.config.num_classes, dtype=torch.int64)
     some = train.subset(min(GROUP_IMAGES, len(train)), config.seed)
     batches = plain_batches(engine.backbone, some, EVALUATION_BATCH, config.workers)
+    engine = distributed.shared(engine)
     logits = torch.cat(
         [engine(images.to(engine.dtype)).logits.float().cpu() for images, _ in batches]
     )
@@ -276,7 +272,9 @@ def _find_menu(
         members = looked_at.take((groups[looked_at.labels] == group).nonzero().squeeze(1))
         batches = plain_batches(engine.backbone, members, EVALUATION_BATCH, config.workers)
         foreign = own.any(0) & ~own[group]
-        line = static_line(engine, list(batches), 1 + runs_anyway.int() - foreign.int())
+        line = static_line(
+            distributed.shared(engine), list(batches), 1 + runs_anyway.int() - foreign.int()
+        )
         chains.append(line.sets[sizes])
         if config.groups > 1:
             print(f"group {group}: blocks drop in the order {[k + 1 for k in line.order]}")
@@ -306,8 +304,8 @@ def calibrate(
     """
     frozen = copy.deepcopy(model).eval()
     batches = plain_batches(model, held_out, EVALUATION_BATCH, workers)
-    logits = torch.cat([frozen.policy_logits(images) for images, _ in batches])
-    model.policy.menu.calibrate(logits, budget)
+    logits = [distributed.share(frozen.policy_logits, images) for images, _ in batches]
+    model.policy.menu.calibrate(torch.cat(logits), budget)
 
 
 def _load(config: Expert) -> tuple[bdf.ResNet, Policy | bdf.FixedPolicy | None]:

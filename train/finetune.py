@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import blockdrop_fast as bdf
+from train import distributed
 from train.config import Finetune
 from train.distillation import distillation_loss, load_teacher
 from train.loop import (
@@ -62,10 +63,19 @@ def finetune(config: Finetune) -> None:
     ]
     schedulers = [_scheduler(config, optimizer, steps) for optimizer in optimizers]
     price = UsagePrice(config, model.backbone.num_blocks)
-    run = Run(config, model, optimizers, [*schedulers, price])
+    skips_blocks = config.bn == "active"
+    run = Run(config, model, optimizers, [*schedulers, price], skips_blocks)
     dtype = engine_dtype(config, device)
     engine = bdf.compile(model, dtype=dtype)
     teacher = load_teacher(config.teacher, model, device, dtype)
+
+    def forward(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Step, Tensor]:
+        with autocast(config, device):
+            probabilities = model.policy.logits(images).float().sigmoid()
+        return finetune_step(
+            probabilities, images, labels, config, generator, engine, price, teacher
+        )
+
     for epoch in run.epochs():
         means, statistics = Means(), PolicyStatistics()
         generator = sampling_generator(config.seed, epoch, device)
@@ -75,11 +85,7 @@ def finetune(config: Finetune) -> None:
         if config.bn == "frozen":
             freeze_batch_norm(model.backbone)
         for images, labels in run.batches(dataset.train, epoch, config.batch_size):
-            with autocast(config, device):
-                probabilities = model.policy.logits(images).float().sigmoid()
-            step, classification = finetune_step(
-                probabilities, images, labels, config, generator, engine, price, teacher
-            )
+            step, classification = run.compute(forward, images, labels, generator)
             run.check_finite(
                 step.loss,
                 epoch=epoch,
@@ -157,7 +163,8 @@ def finetune_step(
             )
     correct, rewards = judge(tried, labels, decisions, config)
     paid = price.charge(rewards, decisions)
-    loss = policy_loss(probabilities, exploring, decisions, paid, config, 0) + classification
+    policy = distributed.summed(policy_loss(probabilities, exploring, decisions, paid, config, 0))
+    loss = policy + classification
     price.update(probabilities, 0)
     return Step(decisions, correct, rewards, loss), classification
 
@@ -184,7 +191,7 @@ def _engine_passes(
 def freeze_batch_norm(network: nn.Module) -> None:
     """Batch norm with running statistics that stay as they are; its weights still train."""
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
             module.eval()
 
 

@@ -15,6 +15,7 @@ import torch
 import blockdrop_fast as bdf
 from blockdrop_fast.files import atomic_write, check_new_folder
 from blockdrop_fast.networks.checkpoints import load_any
+from train import distributed
 from train.config import Heuristics
 from train.loop import evaluate_test, prepare
 
@@ -58,5 +59,7 @@ def heuristics(config: Heuristics) -> None:
         )
     for name, row in rows.items():
         print(f"{name:20} accuracy {100 * row.accuracy:6.2f} %  blocks {row.block_usage:5.2f}")
+    if not distributed.is_first():
+        return
     with atomic_write(config.out / "heuristics.json") as path:
         path.write_text(json.dumps({name: row.to_dict() for name, row in rows.items()}, indent=1))

@@ -15,7 +15,7 @@ RandomK and DistributeK, finetuned (section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,12 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import Dataset
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import decisions_of
+from train import distributed
 from train.config import Joint
 from train.distillation import load_teacher, taught_loss
 from train.expert import calibrate, outcomes
 from train.loop import (
     MODEL_FILE,
-    Means,
     PolicyStatistics,
     Run,
     autocast,
@@ -74,50 +74,50 @@ def joint(config: Joint) -> None:
     groups = [{"params": network.parameters(), "lr": lr} for network, lr in learning.values()]
     optimizer, scheduler = one_cycle(config, groups, len(train))
     redraws = config.static is not None and config.static_set == PER_IMAGE
-    run = Run(config, model.backbone if redraws else model, [optimizer], [scheduler])
+    saved = model.backbone if redraws else model
+    run = Run(config, saved, [optimizer], [scheduler], skips_blocks=True)
     if menu is not None:  # of a resumed run: at the policy that it had come to
         calibrate(model, held_out, config.budget, config.workers)
     engine = bdf.compile(model, dtype=dtype)
     teacher = load_teacher(config.teacher, model, device, dtype)
+
+    def step(
+        images: Tensor, labels: Tensor, prices: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn_for = distributed.whole(len(images))
+        price = distributed.own(_draw(prices, drawn_for, config.spread, generator))
+
+        def choose(values: Tensor) -> Tensor:
+            if redraws:
+                return distributed.own(redraw(drawn_for))
+            return _choose(menu, values, price)
+
+        with autocast(config, device):
+            logits, decisions, values = model.forward_with(images, choose)
+        target = None if teacher is None else teacher(images.to(dtype)).logits.float()
+        loss = taught_loss(logits.float(), labels, target, config)
+        seen = {"accuracy": (logits.argmax(1) == labels).float().mean()}
+        if config.policy_lr:
+            ran = menu.at_price(values, price)[:, None]
+            right = outcomes(logits.detach(), labels)
+            regression = F.binary_cross_entropy_with_logits(
+                values.float().gather(1, ran).squeeze(1), right
+            )
+            seen["value_loss"] = regression
+            loss = loss + config.value * regression
+        statistics.add(decisions)
+        return loss, seen
+
     for epoch in run.epochs():
-        means, statistics = Means(), PolicyStatistics()
+        statistics = PolicyStatistics()
         generator = sampling_generator(config.seed, epoch, device)
-        redraw = _redraw(config, model.backbone, generator) if redraws else None
+        redraw = partial(_redraw, config, model.backbone, generator)
         model.train()
         model.policy.train(bool(config.policy_lr))
         for module in looked_through:
             module.eval()
         prices = _prices(menu, config).to(device)
-        for images, labels in run.batches(train, epoch, config.batch_size):
-            price = _draw(prices, len(images), config.spread, generator)
-            drawn = None if redraw is None else redraw(images)
-            with autocast(config, device):
-                logits, decisions, values = model.forward_with(
-                    images,
-                    lambda values, price=price, drawn=drawn: (
-                        _choose(menu, values, price) if drawn is None else drawn
-                    ),
-                )
-            target = None if teacher is None else teacher(images.to(dtype)).logits.float()
-            loss = taught_loss(logits.float(), labels, target, config)
-            seen = {"accuracy": (logits.argmax(1) == labels).float().mean()}
-            if config.policy_lr:
-                ran = menu.at_price(values, price)[:, None]
-                right = outcomes(logits.detach(), labels)
-                regression = F.binary_cross_entropy_with_logits(
-                    values.float().gather(1, ran).squeeze(1), right
-                )
-                seen["value_loss"] = regression
-                loss = loss + config.value * regression
-            run.check_finite(loss, epoch=epoch, lr=scheduler.get_last_lr()[0])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            means.add(len(images), loss=loss, **seen)
-            statistics.add(decisions)
-            if run.step % 20 == 0:
-                run.show(**means.items())
+        means = run.descend(train, epoch, partial(step, prices=prices, generator=generator))
         metrics = {f"train_{name}": value for name, value in means.items().items()}
         metrics |= statistics.items("train")
         if config.policy_lr:
@@ -130,7 +130,12 @@ def joint(config: Joint) -> None:
                     config.out / MODEL_FILE, engine, dataset, config.static_images, config.workers
                 )
             evaluation = evaluate_test(
-                engine, dataset, config.workers, redraw, config.routing_images, static
+                engine,
+                dataset,
+                config.workers,
+                (lambda images, redraw=redraw: redraw(len(images))) if redraws else None,
+                config.routing_images,
+                static,
             )
             metrics |= evaluation_metrics(evaluation, 1.0)
         run.finish_epoch(epoch, metrics)
@@ -168,23 +173,14 @@ def _draw(prices: Tensor, batch: int, spread: float, generator: torch.Generator)
     return prices[other * differs][:, None]
 
 
-def _redraw(
-    config: Joint, backbone: bdf.ResNet, generator: torch.Generator
-) -> Callable[[Tensor], Tensor]:
-    """Decides for a batch by RandomK, anew for each of its images."""
-
-    def decide(images: Tensor) -> Tensor:
-        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        return bdf.heuristics.random_k(
-            config.static,
-            backbone.config.layers,
-            len(images),
-            seed=seed,
-            per_image=True,
-            device=images.device,
-        )
-
-    return decide
+def _redraw(config: Joint, backbone: bdf.ResNet, generator: torch.Generator, batch: int) -> Tensor:
+    """(batch, K) bool: RandomK's decisions, drawn anew for each image."""
+    device = generator.device
+    seed = int(torch.randint(2**31, (), generator=generator, device=device))
+    layers = backbone.config.layers
+    return bdf.heuristics.random_k(
+        config.static, layers, batch, seed=seed, per_image=True, device=device
+    )
 
 
 def _static_set(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from blockdrop_fast.measure.static_line import (
     default_images,
 )
 from blockdrop_fast.networks.checkpoints import read_torch, write_torch
+from train import distributed
 from train.config import Common
 
 STATE_FILE = "state.pt"
@@ -46,6 +48,7 @@ RESUMABLE = {
     "device",
     "threads",
     "workers",
+    "timeout",
     "checkpoint_every",
     "evaluate_every",
     "routing_images",
@@ -100,11 +103,13 @@ def changed_options(started_with: str, config: Common) -> list[str]:
     Returns:
         "name then -> now" of each.
     """
-    then, now = json.loads(started_with), json.loads(options_text(config))
+    now, defaults = (json.loads(options_text(one)) for one in (config, type(config)()))
+    # An option that there was not yet has its default.
+    then = defaults | json.loads(started_with)
     return [
-        f"{name} {then.get(name)} -> {now[name]}"
+        f"{name} {then[name]} -> {now[name]}"
         for name in now
-        if name not in RESUMABLE and then.get(name) != now[name]
+        if name not in RESUMABLE and then[name] != now[name]
     ]
 
 
@@ -116,11 +121,12 @@ class Run:
         model: what the run trains and saves (BlockDrop or a backbone).
         optimizers: whose state a checkpoint holds.
         schedulers: likewise, and whatever else has such a state.
+        skips_blocks: training passes run active images only, which ``--sync-bn`` cannot follow.
 
     Raises:
         FileExistsError: the folder holds a run and ``--resume`` was not given.
         ValueError: ``--resume`` with other options than the run was started with, or from a file
-            that is damaged.
+            that is damaged; options that do not go with several processes.
         OSError: the folder cannot be written, or has no room for a checkpoint.
     """
 
@@ -130,7 +136,15 @@ class Run:
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         schedulers: list[torch.optim.lr_scheduler.LRScheduler],
+        skips_blocks: bool = False,
     ):
+        if config.batch_size % distributed.count():
+            raise ValueError(
+                f"batch_size: expected a multiple of the {distributed.count()} processes, "
+                f"got {config.batch_size}"
+            )
+        if config.sync_bn:
+            distributed.synchronize_batch_norm(config, model, skips_blocks)
         self.config = config
         self.model = model
         self.optimizers = optimizers
@@ -144,7 +158,14 @@ class Run:
         check_new_folder(config.out, self._checkpoint_size())
         if (config.out / STATE_FILE).exists():
             self._restore(config.out / STATE_FILE)
-        self._writer = SummaryWriter(str(config.out), purge_step=self.first_epoch)
+        if len(set(distributed.gathered(self.first_epoch))) > 1:
+            raise ValueError(
+                f"out: processes find different checkpoints in {config.out}; expected a folder "
+                "that all machines share"
+            )
+        self._parallel = distributed.parallel(model, optimizers)
+        if distributed.is_first():
+            self._writer = SummaryWriter(str(config.out), purge_step=self.first_epoch)
 
     def epochs(self) -> range:
         """The epochs still to do, 1-based."""
@@ -157,17 +178,30 @@ class Run:
         batch_size: int,
         numbered: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled, augmented training batches under a progress bar; a function of the epoch."""
+        """Shuffled, augmented training batches under a progress bar; a function of the epoch.
+
+        Of several processes, each has its own images of each batch; see ``train.distributed``.
+        """
         batches = training_batches(self.model, image_set, self.config, epoch, batch_size, numbered)
         self._bar = tqdm(
-            batches, desc=f"epoch {epoch}/{self.config.epochs}", unit="step", mininterval=5
+            batches,
+            desc=f"epoch {epoch}/{self.config.epochs}",
+            unit="step",
+            mininterval=5,
+            disable=not distributed.is_first(),
         )
         started, self._images = time.monotonic(), 0
         for images, labels in self._bar:
             self.step += 1
             yield images, labels
-            self._images += len(images)
+            self._images += distributed.whole(len(images))
+        distributed.average_statistics(self.model)
         self.images_per_second = self._images / (time.monotonic() - started)
+
+    def compute(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """``step(*arguments)``, which is all that a batch's loss takes; gradients are shared."""
+        distributed.average_statistics(self.model)
+        return self._parallel(step, *arguments)
 
     def show(self, **values: float) -> None:
         """Put running values on the progress bar."""
@@ -191,24 +225,29 @@ class Run:
         image_set: ImageSet | ImageFolder,
         epoch: int,
         step: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+        numbered: bool = False,
     ) -> Means:
         """One epoch of gradient descent, in which optimizers and schedulers make a step a batch.
 
         Args:
             image_set: to train on.
             step: (images, labels) -> the loss, and scalars to log beside it.
+            numbered: instead of labels, images' numbers in the split.
 
         Returns:
             The means of all of them.
         """
         means = Means()
-        for images, labels in self.batches(image_set, epoch, self.config.batch_size):
-            loss, seen = step(images, labels)
-            self.check_finite(loss, epoch=epoch, lr=self.schedulers[0].get_last_lr()[0])
+        # The others are there for their state.
+        kind = torch.optim.lr_scheduler.LRScheduler
+        schedulers = [each for each in self.schedulers if isinstance(each, kind)]
+        for images, labels in self.batches(image_set, epoch, self.config.batch_size, numbered):
+            loss, seen = self.compute(step, images, labels)
+            self.check_finite(loss, epoch=epoch, lr=schedulers[0].get_last_lr()[0])
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for each in (*self.optimizers, *self.schedulers):
+            for each in (*self.optimizers, *schedulers):
                 each.step()
             means.add(len(images), loss=loss, **seen)
             if self.step % 20 == 0:
@@ -225,16 +264,19 @@ class Run:
         """
         metrics = {"epoch": epoch, "images_per_second": self.images_per_second} | metrics
         self.history.append(metrics | (report or {}))
-        for name, value in metrics.items():
-            if name != "epoch":
-                self._writer.add_scalar(name, value, epoch)
-        self._writer.flush()
+        if distributed.is_first():
+            for name, value in metrics.items():
+                if name != "epoch":
+                    self._writer.add_scalar(name, value, epoch)
+            self._writer.flush()
         print(
             f"epoch {epoch}: "
             + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "epoch")
         )
         if self.due(epoch, self.config.checkpoint_every):
-            self._save(epoch)
+            if distributed.is_first():
+                self._save(epoch)
+            distributed.wait()
 
     def due(self, epoch: int, every: int) -> bool:
         """Whether something that happens every so many epochs, and after the last, is due."""
@@ -321,8 +363,9 @@ class Means:
         self.add(correct.shape[1], **values)
 
     def items(self) -> dict[str, float]:
-        """The means so far."""
-        return {name: float(total) / self._weight for name, total in self._sums.items()}
+        """The means so far, over all processes' images."""
+        means = distributed.mean(torch.stack([*self._sums.values()])) / self._weight
+        return dict(zip(self._sums, means.tolist(), strict=True))
 
 
 class PolicyStatistics:
@@ -341,11 +384,12 @@ class PolicyStatistics:
 
     def items(self, split: str) -> dict[str, float]:
         """Scalars under the authors' TensorBoard names ("variance" is a standard deviation)."""
-        usage = torch.cat(self._usage).double()
+        usage = torch.cat(distributed.gathered(torch.cat(self._usage))).double()
+        policies = set().union(*distributed.gathered(self._policies))
         return {
             f"{split}_sparsity": float(usage.mean()),
             f"{split}_variance": float(usage.std(correction=0)),
-            f"{split}_unique_policies": len(self._policies),
+            f"{split}_unique_policies": len(policies),
         }
 
 
@@ -376,10 +420,7 @@ def prepare(config: Common) -> tuple[torch.device, Dataset]:
     """Apply thread and device options, and load the data set."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = distributed.device_for(config)
     dataset = load_dataset(config.data)
     train = dataset.train if config.limit is None else dataset.train.subset(config.limit)
     test = dataset.test
@@ -464,9 +505,9 @@ def evaluate_test(
     routing_images: int = 0,
     static_accuracies: Tensor | None = None,
 ) -> Evaluation:
-    """Evaluate on the test split; see ``evaluate``."""
+    """Evaluate on the test split; see ``evaluate``. Processes share the work."""
     return evaluate(
-        engine,
+        distributed.shared(engine),
         plain_batches(engine.model, dataset.test, EVALUATION_BATCH, workers),
         decide,
         routing_images=routing_images,
@@ -491,12 +532,14 @@ def static_accuracies_of(
     if images == 0:
         return None
     some = dataset.train.subset(min(images, len(dataset.train)))
+    engine = distributed.shared(engine)
 
     def batches(split: ImageSet | ImageFolder) -> Batches:
         return plain_batches(engine.backbone, split, EVALUATION_BATCH, workers)
 
-    line = cached_static_line(checkpoint, engine, list(batches(some)))
-    return cached_accuracies(checkpoint, engine, line, lambda: batches(dataset.test))
+    keep = distributed.is_first()
+    line = cached_static_line(checkpoint, engine, list(batches(some)), keep=keep)
+    return cached_accuracies(checkpoint, engine, line, lambda: batches(dataset.test), keep=keep)
 
 
 def training_batches(
@@ -507,35 +550,62 @@ def training_batches(
     batch_size: int,
     numbered: bool = False,
 ) -> Batches:
-    """A split shuffled and augmented, a function of seed and epoch, as the model takes it."""
+    """A split shuffled and augmented, a function of seed and epoch, as the model takes it.
+
+    Without a last, smaller batch. Of several processes, each has its own images of each batch, as
+    many as the others.
+
+    Raises:
+        ValueError: there are fewer images than processes.
+    """
+    processes = distributed.count()
+    if len(image_set) < processes:
+        raise ValueError(
+            f"limit: {len(image_set)} images cannot be shared by {processes} processes"
+        )
     return batches_of(
         image_set,
-        batch_size,
+        min(batch_size, len(image_set) // processes * processes),
         shuffle=True,
         augment=True,
         normalization=normalization_of(model),
         seed=config.seed,
         epoch=epoch,
         device=device_of(model),
-        drop_last=len(image_set) >= batch_size,
+        drop_last=True,
         memory_format=torch.channels_last,
         workers=config.workers,
         numbered=numbered,
+        shard=(distributed.rank(), processes),
     )
 
 
 def plain_batches(
     model: nn.Module, image_set: ImageSet | ImageFolder, batch_size: int, workers: int
 ) -> Batches:
-    """A split in order and not augmented, as the model takes it."""
-    return batches_of(
+    """A split in order and not augmented, as the model takes it; the same in all processes.
+
+    Image files are shared: each process reads some, and gives them to the others.
+    """
+    processes, images = distributed.count(), len(image_set)
+    sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
+    shares = isinstance(image_set, ImageFolder) and 1 < processes <= min(sizes, default=0)
+    batches = batches_of(
         image_set,
         batch_size,
         normalization=normalization_of(model),
         device=device_of(model),
         memory_format=torch.channels_last,
         workers=workers,
+        shard=(distributed.rank(), processes) if shares else (0, 1),
     )
+    return Batches(_joined(batches, sizes), len(batches)) if shares else batches
+
+
+def _joined(batches: Batches, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    for (images, labels), size in zip(batches, sizes, strict=True):
+        whole = distributed.joined(images, size).contiguous(memory_format=torch.channels_last)
+        yield whole, distributed.joined(labels, size)
 
 
 def normalization_of(model: nn.Module) -> Normalization:

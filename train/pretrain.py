@@ -10,6 +10,7 @@ published network's 82.56 % to 88.68 %, 11 minutes of training steps.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ from blockdrop_fast.data.batches import Batches
 from blockdrop_fast.data.image_sets import IMAGENET_NORMALIZATION, Dataset
 from blockdrop_fast.measure.static_line import set_accuracies
 from blockdrop_fast.networks.architectures import by_name
+from train import distributed
 from train.config import Pretrain
 from train.distillation import load_teacher, taught_loss
 from train.droppable import Chain, random_subnetworks, recalibrate
 from train.loop import (
-    Means,
     Run,
     autocast,
     engine_dtype,
@@ -56,27 +57,32 @@ def pretrain(config: Pretrain) -> None:
         config.teacher or (config.init if config.droppable else None), backbone, device, dtype
     )
     chain = _make_chain(config, backbone, dataset) if config.droppable else None
-    run = Run(config, backbone, [optimizer], [scheduler] + ([chain] if config.droppable else []))
+    run = Run(
+        config,
+        backbone,
+        [optimizer],
+        [scheduler] + ([chain] if config.droppable else []),
+        skips_blocks=config.droppable or config.drop_rate > 0,
+    )
+
+    def step(
+        images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn_for = distributed.whole(len(images))
+        decisions = _decisions(config, drawn_for, backbone.num_blocks, chain, generator)
+        decisions = None if decisions is None else distributed.own(decisions)
+        with autocast(config, device):
+            logits = backbone(images, decisions, active_only=decisions is not None)
+            target = None if teacher is None else teacher(images.to(dtype)).logits.float()
+            loss = taught_loss(logits, labels, target, config)
+        return loss, {"accuracy": (logits.argmax(1) == labels).float().mean()}
+
     for epoch in run.epochs():
-        means = Means()
         generator = sampling_generator(config.seed, epoch, device)
         backbone.train()
         if chain is not None:
-            chain.look(engine, epoch)
-        for images, labels in run.batches(dataset.train, epoch, config.batch_size):
-            decisions = _decisions(config, len(images), backbone.num_blocks, chain, generator)
-            with autocast(config, device):
-                logits = backbone(images, decisions, active_only=decisions is not None)
-                target = None if teacher is None else teacher(images.to(dtype)).logits.float()
-                loss = taught_loss(logits, labels, target, config)
-            run.check_finite(loss, epoch=epoch, lr=scheduler.get_last_lr()[0])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            means.add(len(images), loss=loss, accuracy=(logits.argmax(1) == labels).float().mean())
-            if run.step % 20 == 0:
-                run.show(**means.items())
+            chain.look(distributed.shared(engine), epoch)
+        means = run.descend(dataset.train, epoch, partial(step, generator=generator))
         metrics = {f"train_{name}": value for name, value in means.items().items()}
         if chain is not None and epoch == config.epochs:
             _recalibrate(config, backbone, dataset, chain, generator)
@@ -174,7 +180,7 @@ def _chain_accuracies(
     """Test accuracies of some sets of the chain, under the number of their blocks."""
     chosen = chain.sets[:: -(-len(chain.sets) // 4)]
     batches = plain_batches(engine.backbone, dataset.test, 250, workers)
-    accuracies = set_accuracies(engine, batches, chosen)
+    accuracies = set_accuracies(distributed.shared(engine), batches, chosen)
     return {
         f"test_accuracy_{int(blocks)}_blocks": float(accuracy)
         for blocks, accuracy in zip(chosen.sum(1), accuracies, strict=True)

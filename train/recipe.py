@@ -19,6 +19,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.files import atomic_write
 from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.networks.checkpoints import load_any
+from train import distributed
 from train.config import RECIPES, Common, Recipe
 from train.loop import evaluate_test, prepare, static_accuracies_of
 from train.stages import Stage, run_stages
@@ -55,9 +56,10 @@ def recipe(config: Recipe) -> None:
     run_stages(stages)
     results = evaluate_stages(config, stages)
     print("\n" + format_results(results))
-    with atomic_write(config.out / RESULT_FILE) as path:
-        values = {name: evaluation.to_dict() for name, evaluation in results.items()}
-        path.write_text(json.dumps(values, indent=1) + "\n")
+    if distributed.is_first():
+        with atomic_write(config.out / RESULT_FILE) as path:
+            values = {name: evaluation.to_dict() for name, evaluation in results.items()}
+            path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def stages_of(config: Recipe, presets: dict[str, Common]) -> dict[str, Stage]:
@@ -72,6 +74,7 @@ def stages_of(config: Recipe, presets: dict[str, Common]) -> dict[str, Stage]:
     """
     _check(config, presets)
     names = ("data", "seed", "device", "threads", "workers", "precision", "limit", "routing_images")
+    names += ("sync_bn",)
     common = {name: getattr(config, name) for name in names}
     first = {"init": config.init} | ({} if config.arch is None else {"arch": config.arch})
     own = {

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import blockdrop_fast as bdf
+from train import distributed
 from train.config import Curriculum, Finetune, Policy
 
 
@@ -72,8 +73,8 @@ def sample(probabilities: Tensor, samples: int, forced: int, generator: torch.Ge
     Returns:
         (samples, B, K) bool.
     """
-    expanded = probabilities.detach().expand(samples, -1, -1)
-    decisions = torch.bernoulli(expanded, generator=generator).bool()
+    expanded = distributed.spread(probabilities.detach()).expand(samples, -1, -1)
+    decisions = distributed.own(torch.bernoulli(expanded, generator=generator).bool(), 1)
     decisions[..., :forced] = True
     return decisions
 
@@ -96,7 +97,9 @@ def sample_antithetic(
         (S, B, K) bool; each sample alone is distributed as those of ``sample``.
     """
     probabilities = probabilities.detach()
-    drawn = probabilities.new_empty(samples, *probabilities.shape).exponential_(generator=generator)
+    batch, num_blocks = probabilities.shape
+    drawn = probabilities.new_empty(samples, distributed.whole(batch), num_blocks)
+    drawn = distributed.own(drawn.exponential_(generator=generator), 1)
     uniform = (1 - drawn / drawn.sum(0)) ** (samples - 1)
     less_likely = uniform < torch.minimum(probabilities, 1 - probabilities)
     decisions = less_likely ^ (probabilities >= 0.5)
@@ -148,8 +151,9 @@ def flip(decisions: Tensor, forced: int, flips: int | None, generator: torch.Gen
     free = num_blocks - forced
     order = torch.arange(free, device=decisions.device).expand(samples, batch, free)
     if flips is not None and flips < free:
-        drawn = torch.rand(order.shape, generator=generator, device=decisions.device)
-        order = drawn.argsort(-1)[..., :flips]
+        shape = (samples, distributed.whole(batch), free)
+        drawn = torch.rand(shape, generator=generator, device=decisions.device)
+        order = distributed.own(drawn, 1).argsort(-1)[..., :flips]
     changed = F.one_hot(forced + order, num_blocks).bool()
     return (decisions[:, :, None] ^ changed).permute(2, 0, 1, 3).flatten(0, 1)
 
@@ -415,6 +419,7 @@ class UsagePrice:
             return
         num_blocks = probabilities.shape[1]
         kept = bdf.decide(probabilities.detach())[:, forced:].sum(1).float().mean()
+        kept = distributed.mean(kept)
         target = self.target * (num_blocks - forced) / num_blocks
         excess = (kept - target) / num_blocks
         self._sum = self._sum + self.rate * excess

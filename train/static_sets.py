@@ -9,6 +9,7 @@ from torch import Tensor
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from blockdrop_fast.measure.static_line import cached_static_line
+from train import distributed
 from train.loop import EVALUATION_BATCH, plain_batches
 
 LINE_IMAGES = 1000
@@ -47,4 +48,7 @@ def static_set(
     bdf.heuristics.first_k(keep, layers, 1)  # checks
     some = train.subset(min(LINE_IMAGES, len(train)), seed)
     batches = plain_batches(engine.backbone, some, EVALUATION_BATCH, 2)
-    return cached_static_line(checkpoint, engine, list(batches)).sets[keep]
+    line = cached_static_line(
+        checkpoint, distributed.shared(engine), list(batches), keep=distributed.is_first()
+    )
+    return line.sets[keep]

@@ -146,6 +146,7 @@ def batches_of(
     memory_format: torch.memory_format = torch.contiguous_format,
     workers: int = 2,
     numbered: bool = False,
+    shard: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Iterate over one epoch of a split in normalised batches.
 
@@ -168,13 +169,15 @@ def batches_of(
         workers: processes that read image files; not used for in-memory images.
         numbered: give each image's number in the split instead of its label, for who knows more
             of the images than their labels.
+        shard: (r, p): of each batch only every p-th image, from number r on, for one of p processes
+            that train on it together.
 
     Returns:
         An iterator, with a length, of images (B, 3, H, W) float32 and labels (B,) int64.
 
     Raises:
         TypeError: image_set is neither an ImageSet nor an ImageFolder.
-        ValueError: batch_size, seed, epoch or memory_format is out of range.
+        ValueError: batch_size, seed, epoch, shard or memory_format is out of range.
     """
     if not isinstance(image_set, (ImageSet, ImageFolder)):
         raise TypeError(
@@ -182,6 +185,10 @@ def batches_of(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if not 0 <= shard[0] < shard[1] <= batch_size:
+        raise ValueError(
+            f"shard: expected (r, p) with 0 <= r < p <= batch_size {batch_size}, got {shard}"
+        )
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(
             f"memory_format: expected contiguous_format or channels_last, got {memory_format}"
@@ -193,14 +200,23 @@ def batches_of(
     if isinstance(image_set, ImageSet):
         labels = torch.arange(total, device=image_set.device) if numbered else image_set.labels
         raw = _memory_batches(
-            image_set.images, labels, batch_size, length, shuffle, augment, flip, generator, device
+            image_set.images,
+            labels,
+            batch_size,
+            length,
+            shuffle,
+            augment,
+            flip,
+            generator,
+            device,
+            shard,
         )
     else:
         if numbered:
             image_set = replace(image_set, labels=torch.arange(total))
         files = FileImages(image_set, augment=augment, flip=flip, seed=seed, epoch=epoch)
         loader = file_loader(
-            files, batch_size, shuffle=shuffle, drop_last=drop_last, workers=workers
+            files, batch_size, shuffle=shuffle, drop_last=drop_last, workers=workers, shard=shard
         )
         raw = file_batches(loader)
 
@@ -247,6 +263,7 @@ def _memory_batches(
     flip: bool,
     generator: torch.Generator,
     device: torch.device | str | None,
+    shard: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield uint8 batches of a split in memory, augmented where they will be used."""
     total = len(split)
@@ -260,7 +277,7 @@ def _memory_batches(
         flips = torch.randint(2, (total,), generator=generator).bool()
         flips = (flips & flip).to(device)
     for start in range(0, length * batch_size, batch_size):
-        chosen = slice(start, min(start + batch_size, total))
+        chosen = slice(start + shard[0], min(start + batch_size, total), shard[1])
         source = chosen if order is None else order[chosen]
         images = split[source]
         if augment:

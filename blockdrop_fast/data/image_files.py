@@ -238,7 +238,13 @@ class FileImages(torch.utils.data.Dataset):
 
 
 def file_loader(
-    files: FileImages, batch_size: int, *, shuffle: bool, drop_last: bool, workers: int
+    files: FileImages,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    drop_last: bool,
+    workers: int,
+    shard: tuple[int, int] = (0, 1),
 ) -> DataLoader:
     """Make a loader whose order and crops do not depend on the number of workers.
 
@@ -251,12 +257,14 @@ def file_loader(
     # An order of our own: a DataLoader's depends on whether it has workers, and its generator is
     # the global one by default.
     order = torch.randperm(len(files), generator=generator) if shuffle else range(len(files))
+    order = [int(index) for index in order]
+    if drop_last:
+        order = order[: len(order) // batch_size * batch_size]
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     return DataLoader(
         files,
-        batch_size=batch_size,
-        sampler=[int(index) for index in order],
+        batch_sampler=[batch[shard[0] :: shard[1]] for batch in batches],
         num_workers=workers,
-        drop_last=drop_last,
         generator=generator,
         pin_memory=torch.cuda.is_available(),
     )

@@ -164,7 +164,12 @@ def line_file(checkpoint: str | Path) -> Path:
 
 
 def cached_static_line(
-    checkpoint: str | Path, engine: Engine, batches: Sequence[Batch], *, only_kept: bool = False
+    checkpoint: str | Path,
+    engine: Engine,
+    batches: Sequence[Batch],
+    *,
+    only_kept: bool = False,
+    keep: bool = True,
 ) -> StaticLine | None:
     """``static_line``, read from the file beside the checkpoint where that is still true.
 
@@ -175,6 +180,7 @@ def cached_static_line(
         checkpoint: the file that the engine's model was loaded from, or will be saved in.
         engine, batches: as of ``static_line``.
         only_kept: return None where the line would have to be computed.
+        keep: write the file.
     """
     path, key = line_file(checkpoint), fingerprint(engine.backbone, batches)
     kept = _read(path)
@@ -183,7 +189,8 @@ def cached_static_line(
     if only_kept:
         return None
     line = static_line(engine, batches)
-    _write(path, {"key": key} | line.to_dict() | {"accuracies": {}})
+    if keep:
+        _write(path, {"key": key} | line.to_dict() | {"accuracies": {}})
     return line
 
 
@@ -194,12 +201,14 @@ def cached_accuracies(
     batches: Callable[[], Iterable[Batch]],
     *,
     only_kept: bool = False,
+    keep: bool = True,
 ) -> Tensor | None:
     """``set_accuracies`` of a line that ``cached_static_line`` returned, kept in the same file.
 
     Args:
         batches: makes those of the split to measure on; called twice.
         only_kept: return None where they would have to be measured.
+        keep: write the file.
     """
     path, key = line_file(checkpoint), fingerprint(engine.backbone, batches())
     kept = _read(path)
@@ -208,7 +217,7 @@ def cached_accuracies(
         if only_kept:
             return None
         accuracies[key] = set_accuracies(engine, batches(), line.sets).tolist()
-        if kept:
+        if kept and keep:
             _write(path, kept | {"accuracies": accuracies})
     return torch.tensor(accuracies[key], dtype=torch.float64)
 

@@ -18,6 +18,7 @@ from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from blockdrop_fast.files import atomic_write, check_new_folder
 from blockdrop_fast.networks.cascade import blocks_of
 from blockdrop_fast.networks.checkpoints import load_any
+from train import distributed
 from train.loop import (
     EVALUATION_BATCH,
     METRICS_FILE,
@@ -56,6 +57,8 @@ def cascade(config: Cascade) -> None:
     model.set_rules(rules)
     metrics = summary(report)
     print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    if not distributed.is_first():
+        return
     names = [str(path) for path in config.networks]
     shipped = set(names) <= set(bdf.pretrained())
     bdf.save(model, config.out / MODEL_FILE, networks=names if shipped else None)
@@ -71,7 +74,7 @@ def stops_of(
     """What each network of a cascade says of a split, each on all of its images."""
     logits, labels, size = [], torch.empty(0), None
     for network in model.networks:
-        engine = bdf.compile(network, dtype=dtype)
+        engine = distributed.shared(bdf.compile(network, dtype=dtype))
         of_network, of_labels = [], []
         for images, batch_labels in plain_batches(network, image_set, EVALUATION_BATCH, workers):
             of_network.append(engine(images.to(dtype)).logits.float().cpu())

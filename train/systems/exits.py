@@ -9,11 +9,14 @@ nor ``pretrain --held-out`` trains on: see ``train/systems/rules.py``. metrics.j
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
+from train import distributed
 from train.distillation import load_teacher, taught_loss
 from train.loop import (
     EVALUATION_BATCH,
@@ -80,8 +83,9 @@ def exits(config: Exits) -> None:
 def stops_of(model: bdf.BlockDrop, image_set: ImageSet | ImageFolder, workers: int) -> Stops:
     """What all exits, and the network's end, say of a split."""
     logits, labels, size = [], [], None
+    run = partial(model.policy.logits_of, model.backbone)
     for images, batch_labels in plain_batches(model, image_set, EVALUATION_BATCH, workers):
-        logits.append(model.policy.logits_of(model.backbone, images).float().cpu())
+        logits.append(distributed.share(run, images, dim=1).float().cpu())
         labels.append(batch_labels.cpu())
         size = tuple(images.shape[2:])
     ends = model.policy.decisions_at(torch.arange(len(model.policy.exits) + 1))

@@ -44,7 +44,7 @@ def halting(config: Halting) -> None:
     gates_scheduler = torch.optim.lr_scheduler.OneCycleLR(
         gates, config.policy_lr, total_steps=scheduler.total_steps, cycle_momentum=False
     )
-    run = Run(config, model, [optimizer, gates], [scheduler, gates_scheduler])
+    run = Run(config, model, [optimizer, gates], [scheduler, gates_scheduler], skips_blocks=True)
     dtype = engine_dtype(config, device)
     engine = bdf.compile(model, dtype=dtype)
     teacher = load_teacher(config.teacher, model, device, dtype)

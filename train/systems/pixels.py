@@ -14,6 +14,7 @@ from torch import Tensor
 import blockdrop_fast as bdf
 from blockdrop_fast.networks.checkpoints import load_any
 from blockdrop_fast.networks.gated import PixelGates, PixelOutput
+from train import distributed
 from train.distillation import load_teacher, taught_loss
 from train.loop import (
     EVALUATION_BATCH,
@@ -125,7 +126,7 @@ def evaluate_pixels(model: bdf.BlockDrop, batches) -> tuple[dict[str, float], di
     """
     right, flops, decisions, densities, size = [], [], [], [], None
     for images, labels in batches:
-        output = model(images)
+        output = distributed.share(model, images)
         right.append((output.logits.argmax(1) == labels).double().cpu())
         flops.append(output.flops.cpu())
         decisions.append(output.decisions.cpu())

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import blockdrop_fast as bdf
 from blockdrop_fast.networks.policy import threshold
+from train import distributed
 from train.curriculum import train_policy
 from train.loop import Run, autocast, check_out, engine_dtype, prepare
 from train.reward import (
@@ -55,11 +56,11 @@ def sequential(config: Sequential) -> None:
             )
         ]
     price = UsagePrice(config, model.backbone.num_blocks)
-    run = Run(config, model, [optimizer], [*schedulers, price])
+    run = Run(config, model, [optimizer], [*schedulers, price], skips_blocks=True)
     engine = bdf.compile(model, dtype=engine_dtype(config, device))
 
     def decide_at(forced: int):
-        return partial(_decide, model, forced) if forced else None
+        return partial(distributed.share, partial(_decide, model, forced)) if forced else None
 
     train_policy(
         run, engine, dataset, price, partial(train_step, model), decide_at, joint=config.joint
@@ -89,7 +90,9 @@ def train_step(
 
     def draw(_: int, logit: Tensor) -> Tensor:
         keep = bounded(logit.detach().float().sigmoid(), config.alpha)
-        return torch.bernoulli(keep, generator=generator).bool()
+        keep = distributed.spread(keep.unflatten(0, (-1, len(images))), 1)
+        drawn = torch.bernoulli(keep, generator=generator).bool()
+        return distributed.own(drawn, 1).flatten()
 
     with autocast(config, images.device):
         runs = []
