@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -48,22 +49,25 @@ def remove_leftovers(path: Path) -> None:
 
 
 def check_new_folder(folder: Path, size: int = 0) -> None:
-    """Make a folder, and raise before any work is done unless files can be written to it.
+    """Raise before any work is done unless a folder can be made and written.
 
     Args:
-        folder: may exist.
+        folder: may exist; is not made.
         size: bytes that will be written.
 
     Raises:
-        OSError: it cannot be made or written, or has less room.
+        OSError: naming the folder: it cannot be made or written, or has less room.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    whole = folder.absolute()
+    there = next(one for one in (whole, *whole.parents) if one.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise _of(folder, error) from None
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(there).free
     if free < size:
         raise OSError(
             f"{folder}: no room, {size / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free"

@@ -216,6 +216,7 @@ def _make_examples(
     for kept, share in zip(menu.sum(1).tolist(), examples["right"].mean(0).tolist(), strict=True):
         print(f"examples: {kept} blocks, right {100 * share:.1f} %")
     if distributed.is_first():
+        config.out.mkdir(parents=True, exist_ok=True)
         write_torch(examples, path)
     return examples
 

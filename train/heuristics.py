@@ -61,5 +61,6 @@ def heuristics(config: Heuristics) -> None:
         print(f"{name:20} accuracy {100 * row.accuracy:6.2f} %  blocks {row.block_usage:5.2f}")
     if not distributed.is_first():
         return
+    config.out.mkdir(parents=True, exist_ok=True)
     with atomic_write(config.out / "heuristics.json") as path:
         path.write_text(json.dumps({name: row.to_dict() for name, row in rows.items()}, indent=1))

@@ -61,7 +61,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def check_out(config: Common) -> None:
-    """Make a run's folder.
+    """Raise before any work is done unless a run can be written to its folder.
 
     Raises:
         FileExistsError: it holds another run, which is not to be resumed.
@@ -156,6 +156,7 @@ class Run:
         for name in (STATE_FILE, MODEL_FILE, METRICS_FILE):
             remove_leftovers(config.out / name)
         check_new_folder(config.out, self._checkpoint_size())
+        config.out.mkdir(parents=True, exist_ok=True)
         if (config.out / STATE_FILE).exists():
             self._restore(config.out / STATE_FILE)
         if len(set(distributed.gathered(self.first_epoch))) > 1:

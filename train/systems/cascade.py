@@ -59,6 +59,7 @@ def cascade(config: Cascade) -> None:
     print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if not distributed.is_first():
         return
+    config.out.mkdir(parents=True, exist_ok=True)
     names = [str(path) for path in config.networks]
     shipped = set(names) <= set(bdf.pretrained())
     bdf.save(model, config.out / MODEL_FILE, networks=names if shipped else None)
