@@ -35,7 +35,7 @@ from blockdrop_fast.executors import crossover, measured, proven
 from blockdrop_fast.networks.checkpoints import load_any, load_policy, read_torch, write_torch
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.triton_kernels.config import Config, Problem, read_table
-from tests.data.test_batches import write_as_python2, write_cifar10, writer_with_protocol
+from tests.data.cifar_archives import write_as_python2, write_cifar10, writer_with_protocol
 from tests.networks.state_dicts import authors_keys, authors_policy_keys, torchvision_keys
 from train.frontier.evaluation import earlier_results
 from train.frontier.systems import read_systems

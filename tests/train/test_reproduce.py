@@ -174,7 +174,8 @@ def test_what_is_refused(tmp_path, monkeypatch):
             reproduce(replace(config, **options))
     (tmp_path / "resnet14").mkdir()
     text = json.dumps({"epochs": 5, "lr": 0.1})
-    torch.save({"epoch": 5, "config": text}, tmp_path / "resnet14" / "state.pt")
+    state = {"epoch": 5, "config": text, "history": [], "step": 0, "model": {}}
+    torch.save(state, tmp_path / "resnet14" / "state.pt")
     with pytest.raises(
         ValueError, match=r"resnet14 holds a run with other options: .*epochs 5 -> 1"
     ):
