@@ -621,7 +621,7 @@ BAD_IMAGES = [
     (
         torch.zeros(2, 3, 8, 8).to_sparse(),
         TypeError,
-        "images: expected a dense tensor, got one",
+        "images: expected a dense tensor, got torch.sparse_coo of torch.float32",
     ),
     (torch.zeros(2, 1, 8, 8), ValueError, r"images: expected shape \(B, 3, H, W\), got \(2, 1,"),
     (torch.zeros(3, 8, 8), ValueError, r"images: expected shape \(B, 3, H, W\), got \(3, 8, 8\)"),
