@@ -24,7 +24,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quick sanitize tsan fuzz faults load audit bench lint types package format clean \
+.PHONY: help install demo test quick sanitize tsan fuzz faults load audit bench bench-guard lint types package format clean \
     check-aarch64 check-cuda-build gpu gpu-check gpu-bench gpu-decide
 
 help: ## list the targets
@@ -97,6 +97,9 @@ faults: install ## damage 300 files of each kind, and kill 300 saves (10 minutes
 
 bench: install ## run the quick benchmarks (BENCH_FLAGS= for all)
 	$(BIN)/python -m pytest benchmarks $(BENCH_FLAGS) $(PYTEST_FLAGS)
+
+bench-guard: install ## before a release: have the headline figures fallen? (2 minutes, quiet machine)
+	$(BIN)/python -m benchmarks.guard
 
 lint: types ## check style, format and types
 	$(BIN)/ruff check -q .
