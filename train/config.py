@@ -352,7 +352,7 @@ class Reproduce(Common):
     """Folder of reproduce.md, reproduce.json, the figures, and of the runs, each in its own."""
     scale: Literal["paper", "quick"] = "paper"
     """Which networks, and how long they train; a preset takes its own. On the embedded digits
-    "quick" is 15 minutes on two cores."""
+    "quick" is nine minutes on two cores."""
     only: tuple[Literal["table1", "table2", "table3", "fig3", "times"], ...] = ()
     """Parts to make; default: all. Others that the folder has stay as they are."""
     arch: tuple[str, ...] | None = None

@@ -65,7 +65,7 @@ PAPER = Scale(
 _FEW = {"held_out": 250}
 _LINE = {"line_images": 300}
 _CHAIN = {"chain_images": 300, "chain_every": 4}
-# 1,437 images of digits, 15 minutes on two cores. In so few steps only small gammas let a policy
+# 1,437 images of digits, nine minutes on two cores. In so few steps only small gammas let a policy
 # drop blocks.
 DIGITS = replace(
     QUICK,
