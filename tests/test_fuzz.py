@@ -49,5 +49,7 @@ def test_labels_that_do_not_fit_are_named():
     engine, images = bdf.compile(make_network(CIFAR)), make_images(CIFAR, 5)
     with pytest.raises(TypeError, match=r"labels: expected a torch.Tensor, got NoneType"):
         bdf.evaluate(engine, [(images, None)])
+    with pytest.raises(TypeError, match=r"labels: expected a tensor with values"):
+        bdf.evaluate(engine, [(images, torch.zeros(5, dtype=torch.int64, device="meta"))])
     with pytest.raises(ValueError, match=r"labels: expected one of each image, got \(1,\)"):
         bdf.evaluate(engine, [(images, torch.zeros(1, dtype=torch.int64))])

@@ -225,6 +225,8 @@ def evaluate(
 def _check_batch(images: Tensor, labels: Tensor, num_classes: int) -> None:
     check_tensor("images", images, None)
     check_tensor("labels", labels, None)
+    if labels.is_meta:
+        raise TypeError("labels: expected a tensor with values, got one on the meta device")
     if images.ndim == 0 or labels.shape != images.shape[:1]:
         raise ValueError(
             f"labels: expected one of each image, got {tuple(labels.shape)} for images "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from blockdrop_fast.decisions import check_tensor
 from blockdrop_fast.networks.policy import decisions_of, probabilities_of
 
 
@@ -19,6 +20,7 @@ class FixedPolicy(nn.Module):
         after, menu: 0 and None; see ``PolicyNetwork``.
 
     Raises:
+        TypeError: not a dense tensor.
         ValueError: no such set.
     """
 
@@ -27,6 +29,7 @@ class FixedPolicy(nn.Module):
 
     def __init__(self, keep: Tensor):
         super().__init__()
+        check_tensor("keep", keep, None)
         if keep.ndim != 1 or keep.dtype != torch.bool or len(keep) == 0:
             raise ValueError(
                 f"keep: expected shape (K,) bool, got {tuple(keep.shape)} {keep.dtype}"

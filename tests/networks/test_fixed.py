@@ -42,6 +42,8 @@ def test_it_is_saved(model, tmp_path):
 def test_bad_input(model):
     with pytest.raises(ValueError, match=r"keep: expected shape \(K,\) bool"):
         bdf.FixedPolicy(KEEP.float())
+    with pytest.raises(TypeError, match=r"keep: expected a torch.Tensor, got list"):
+        bdf.FixedPolicy(KEEP.tolist())
     with pytest.raises(ValueError, match="policy: decides on 4 blocks"):
         bdf.BlockDrop(model.backbone, bdf.FixedPolicy(KEEP[:4]))
     with pytest.raises(ValueError, match="budget: this policy network decides at one usage only"):
