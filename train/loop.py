@@ -80,15 +80,19 @@ def options_text(config: Common) -> str:
     return json.dumps(asdict(config), default=str)
 
 
-def read_state(path: Path) -> dict:
+def read_state(path: Path, *more: str) -> dict:
     """The state of a run, ``STATE_FILE``.
+
+    Args:
+        path: of the file.
+        more: what is needed beside "config" and "epoch", which are all that rules leave behind.
 
     Raises:
         OSError: it cannot be opened.
         ValueError: it is something else, or damaged.
     """
     state = read_torch(path)
-    if not {"config", "history", "epoch", "step", "model"} <= state.keys():
+    if not {"config", "epoch", *more} <= state.keys():
         raise ValueError(f"{path} is not the checkpoint of a run")
     return state
 
@@ -311,7 +315,7 @@ class Run:
         return 2 * model + sum(moments)
 
     def _restore(self, path: Path) -> None:
-        state = read_state(path)
+        state = read_state(path, "step", "history", "model", "optimizers", "schedulers")
         changed = changed_options(state["config"], self.config)
         if changed:
             raise ValueError(

@@ -228,9 +228,6 @@ def findings(out):
     }
 
 
-@pytest.mark.xfail(
-    strict=False, reason="failed once in a whole run, passed alone; not yet understood"
-)
 @pytest.mark.slow
 def test_all_parts_killed_twice(tmp_path):
     """First between an epoch and its checkpoint, then between two evaluations."""

@@ -17,7 +17,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from blockdrop_fast.files import atomic_write, check_new_folder
 from blockdrop_fast.networks.cascade import blocks_of
-from blockdrop_fast.networks.checkpoints import load_any
+from blockdrop_fast.networks.checkpoints import load_any, write_torch
 from train import distributed
 from train.loop import (
     EVALUATION_BATCH,
@@ -65,8 +65,8 @@ def cascade(config: Cascade) -> None:
     bdf.save(model, config.out / MODEL_FILE, networks=names if shipped else None)
     with atomic_write(config.out / METRICS_FILE) as path:
         path.write_text(json.dumps([metrics | report], indent=1))
-    with atomic_write(config.out / STATE_FILE) as path:  # last: the run is complete
-        torch.save({"epoch": 0, "config": options_text(config)}, path)
+    # Last: the run is complete.
+    write_torch({"epoch": 0, "config": options_text(config)}, config.out / STATE_FILE)
 
 
 def stops_of(

@@ -9,6 +9,7 @@ import torch
 import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import load_digits
 from train.loop import plain_batches
+from train.stages import Stage
 from train.systems.cascade import cascade
 from train.systems.config import Cascade
 
@@ -22,7 +23,12 @@ def networks(pretrained, deep):
 
 @pytest.mark.parametrize("rules", ["learned", "threshold"])
 def test_a_cascade(networks, rules, tmp_path):
-    cascade(Cascade(networks=networks, budget=4.0, rules=rules, out=tmp_path, **SMALL))
+    config = Cascade(networks=networks, budget=4.0, rules=rules, out=tmp_path, **SMALL)
+    stage = Stage("cascade", config)
+    assert not stage.complete
+    cascade(config)
+    stage.check()
+    assert stage.complete
     (row,) = json.loads((tmp_path / "metrics.json").read_text())
     assert row["stops"]["blocks"] == [3, 9]
     assert row["held_out_images"] == 100
