@@ -15,10 +15,11 @@ from pathlib import Path
 
 import tyro
 
+from blockdrop_fast.files import write_text
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure.tolerance import WrongLogitsError
 from train.config import Common
-from train.frontier.evaluation import earlier_results, evaluate_systems, write
+from train.frontier.evaluation import earlier_results, evaluate_systems
 from train.frontier.figure import draw_flops, draw_times
 from train.frontier.rows import made_by, rows_of, table
 from train.frontier.systems import load_systems, read_systems
@@ -81,7 +82,7 @@ def run(arguments: Arguments) -> None:
         "systems": [row.to_dict() for row in rows],
         "evaluations": earlier_results(path)["evaluations"],
     }
-    write(path, json.dumps(content, indent=1))
+    write_text(path, json.dumps(content, indent=1))
     title = f"{dataset.name}, {len(dataset.test)} test images"
     strategies = dict.fromkeys(row.strategy for row in rows)
     about = [
@@ -90,7 +91,7 @@ def run(arguments: Arguments) -> None:
         f"`{content['command']}`",
     ]
     text = "\n\n".join([*about, table(rows), *made_by(rows)]) + "\n"
-    write(arguments.out / "frontier.md", text)
+    write_text(arguments.out / "frontier.md", text)
     draw_flops(rows, title, arguments.out / "frontier.png")
     if arguments.times:
         draw_times(rows, title, arguments.out / "frontier-times.png")

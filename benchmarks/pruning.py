@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import write_text
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import contenders, timing
 from blockdrop_fast.measure.baselines import UnavailableError
@@ -158,8 +158,7 @@ def run(arguments: Arguments) -> None:
         ]
     )
     for suffix, written in ((".json", json.dumps(content, indent=1)), (".md", text)):
-        with atomic_write(Path(f"{arguments.out}{suffix}")) as path:
-            path.write_text(written + "\n")
+        write_text(Path(f"{arguments.out}{suffix}"), written + "\n")
     print(text)
 
 

@@ -42,6 +42,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, in UTF-8, as ``atomic_write`` does.
+
+    Raises:
+        OSError: see ``atomic_write``.
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed processes have left of ``path``; no other process may be writing it."""
     for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}????????"):

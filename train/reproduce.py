@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from blockdrop_fast.data.image_sets import Dataset
+from blockdrop_fast.files import write_text
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure.tolerance import WrongLogitsError
 from train.config import Reproduce
-from train.frontier.evaluation import evaluate_systems, write
+from train.frontier.evaluation import evaluate_systems
 from train.frontier.figure import draw_flops, draw_times
 from train.frontier.rows import Row, in_order, rows_of, table
 from train.frontier.systems import load_systems
@@ -95,7 +96,7 @@ def _claim(config: Reproduce, scale: Scale, dataset: Dataset) -> None:
     path = config.out / WHAT_FILE
     if not path.exists():
         config.out.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(what, indent=1) + "\n")
+        write_text(path, json.dumps(what, indent=1) + "\n")
         return
     held = _read(path)
     differ = [
@@ -220,7 +221,7 @@ def _write(
         results["parts"][part] = {"machine": machine, "text": text, "systems": systems}
     command = replace(config, out=Path(config.out.name), only=())
     results["command"] = Stage("reproduce", command).command(config.scale)
-    write(path, json.dumps(results, indent=1))
+    write_text(path, json.dumps(results, indent=1))
     page = [f"# Reproduction: {dataset.name}", f"`{results['command']}`", NOTES]
     for part in PARTS:
         if part in results["parts"]:
@@ -230,7 +231,7 @@ def _write(
     ]
     page += ["## Runs", "\n".join(made)]
     text = "\n\n".join(page) + "\n"
-    write(config.out / "reproduce.md", text)
+    write_text(config.out / "reproduce.md", text)
     print(f"\n{text}\nwritten: {config.out}/reproduce.md, .json and figures")
 
 

@@ -17,7 +17,7 @@ from blockdrop_fast.data.batches import Batches, batches_of
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet, Normalization
 from blockdrop_fast.engine import Engine, compile
 from blockdrop_fast.executors.cascade import CascadeEngine
-from blockdrop_fast.files import atomic_write, check_new_file
+from blockdrop_fast.files import check_new_file, write_text
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.evaluation import evaluate
@@ -81,8 +81,7 @@ def command(
         machine=machine_info(engine.device),
         strategy=f"{engine.strategy}: {engine.strategy_reason}",
     )
-    with atomic_write(out) as path:
-        path.write_text(page(found), encoding="utf-8")
+    write_text(out, page(found))
     print(f"{split.name}: {found.evaluation.format()}")
     print(out)
 
