@@ -74,11 +74,8 @@ check-aarch64: install ## compile the C++ kernels for aarch64, and run the walk'
 	$(BIN)/pytest tests/ops/test_aarch64_build.py $(PYTEST_FLAGS)
 
 # Without torch, whose threads the sanitizer does not understand.
-tsan: ## run the CPU walk's queue, parts and gates under ThreadSanitizer
-	mkdir -p build
-	$(CXX) -std=c++20 -O1 -g -fsanitize=thread -Itests/tsan -Icsrc tests/tsan/walk_threads.cpp \
-	    csrc/cpu/walk_program.cpp csrc/cpu/walk_gated.cpp csrc/cpu/walk_portable.cpp -o build/walk_threads
-	TSAN_OPTIONS=halt_on_error=1 build/walk_threads 100
+tsan: install ## run the CPU walk's queue, parts and gates under ThreadSanitizer, and plant races
+	$(BIN)/pytest tests/ops/test_walk_queue.py $(PYTEST_FLAGS)
 
 load: install ## eight threads on one engine and on eight (MINUTES=5)
 	$(BIN)/python -m tests.load --minutes $(MINUTES)

@@ -172,6 +172,4 @@ int check(int rounds) {
 }  // namespace
 }  // namespace blockdrop::walk
 
-int main(int argc, char** argv) {
-  return blockdrop::walk::check(argc > 1 ? std::atoi(argv[1]) : 100);
-}
+int main() { return blockdrop::walk::check(100); }
