@@ -48,6 +48,8 @@ CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # at::parallel_for is a header that needs OpenMP where it is compiled. It must run on the OpenMP
 # library that torch brings and configures (torch.set_num_threads), so none is linked here.
 OPENMP_FLAGS = ["-fopenmp"] if sys.platform == "linux" else []
+# Python's own flags ask for debug information, most of the extension's size. CFLAGS=-g keeps it.
+DEBUG_FLAGS = [] if "-g" in os.environ.get("CFLAGS", "").split() else ["-g0"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
@@ -218,7 +220,7 @@ def make_extension(choice: BuildChoice):
     from torch.utils import cpp_extension
 
     cuda = not choice.why_no_cuda
-    flags = CXX_FLAGS + OPENMP_FLAGS
+    flags = CXX_FLAGS + DEBUG_FLAGS + OPENMP_FLAGS
     macros = [
         ("BLOCKDROP_FLAGS", f'"{" ".join(flags)}"'),
         ("BLOCKDROP_ISA_VARIANTS", f'"{" ".join(["portable", *isa_variants()])}"'),
