@@ -84,19 +84,25 @@ def check_new_folder(folder: Path, size: int = 0) -> None:
         )
 
 
-def check_new_file(out: Path, suffixes: Sequence[str]) -> None:
+def check_new_file(argument: str, path: Path, suffixes: Sequence[str] = ()) -> None:
     """Raise before any work is done unless a file of this name can be written.
+
+    Args:
+        argument: the path's, for errors.
+        path: of the file.
+        suffixes: its name ends in one of these; none: in anything.
 
     Raises:
         ValueError: its name ends otherwise.
-        FileNotFoundError: its folder does not exist.
+        OSError: its folder does not exist or cannot be written.
     """
-    if out.suffix not in suffixes:
+    if suffixes and path.suffix not in suffixes:
         *first, last = suffixes
         endings = f"{', '.join(first)} or {last}" if first else last
-        raise ValueError(f"out: expected a name that ends in {endings}, got {str(out)!r}")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"out: the folder {str(out.parent)!r} does not exist")
+        raise ValueError(f"{argument}: expected a name that ends in {endings}, got {str(path)!r}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{argument}: the folder {str(path.parent)!r} does not exist")
+    check_new_folder(path.parent)
 
 
 def _prefix(path: Path) -> str:

@@ -35,7 +35,12 @@ from blockdrop_fast.executors import crossover, measured, proven
 from blockdrop_fast.networks.checkpoints import load_any, load_policy, read_torch, write_torch
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.triton_kernels.config import Config, Problem, read_table
-from tests.data.cifar_archives import write_as_python2, write_cifar10, writer_with_protocol
+from tests.data.cifar_archives import (
+    write_as_python2,
+    write_cifar10,
+    write_cifar100,
+    writer_with_protocol,
+)
 from tests.networks.state_dicts import authors_keys, authors_policy_keys, torchvision_keys
 from train.frontier.evaluation import earlier_results
 from train.frontier.systems import read_systems
@@ -125,9 +130,9 @@ def _authors() -> dict:
     return {"resnet": authors_keys(bdf.ResNet(TINY)), "agent": policy}
 
 
-def _foreign_safetensors(folder: Path) -> list[Path]:
+def _timm(folder: Path) -> list[Path]:
     path = folder / "net.safetensors"
-    safetensors.torch.save_file(torchvision_keys(bdf.ResNet(TINY)), path)
+    safetensors.torch.save_file(torchvision_keys(bdf.ResNet(TINY)), path, {"format": "pt"})
     return [path]
 
 
@@ -144,10 +149,10 @@ def _state(folder: Path) -> list[Path]:
     return [folder / "state.pt"]
 
 
-def _cifar(write: Callable) -> Kind:
+def _cifar(write: Callable, make_folder: Callable = write_cifar10) -> Kind:
     def make(folder: Path) -> list[Path]:
         shutil.rmtree(folder)
-        write_cifar10(folder, write)
+        make_folder(folder, write)
         return sorted(folder.iterdir())
 
     return Kind(make, load_dataset)
@@ -213,10 +218,9 @@ KINDS = {
     "torchvision .th of before 1.6": _foreign(_torchvision, zipped=False),
     "authors' .t7": _foreign(_authors, zipped=False),
     "authors' policy": _foreign(_authors, zipped=True, load=load_policy),
-    "foreign safetensors": Kind(
-        _foreign_safetensors, lambda folder: load_any(folder / "net.safetensors")
-    ),
+    "timm's .safetensors": Kind(_timm, lambda folder: load_any(folder / "net.safetensors")),
     "CIFAR-10 of Python 2": _cifar(write_as_python2),
+    "CIFAR-100 of Python 2": _cifar(write_as_python2, write_cifar100),
     "CIFAR-10, protocol 2": _cifar(writer_with_protocol(2)),
     "CIFAR-10, protocol 5": _cifar(writer_with_protocol(5)),
     "JPEG tree": _tree(".jpg", 32),
@@ -240,15 +244,16 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     """The content of a file after a mishap."""
     content, size = bytearray(data), len(data)
     at, length = rng.randrange(size), min(rng.choice([1, 8, 64, 4096]), size)
-    mishap = rng.choice(["bit", "bit", "bytes", "head", "cut", "lost", "zeros", "more", "moved"])
+    mishaps = ["bit", "bit", "bytes", "head", "cut", "none", "lost", "zeros", "more", "moved"]
+    mishap = rng.choice(mishaps)
     if mishap == "bit":
         content[at] ^= 1 << rng.randrange(8)
     elif mishap in ("bytes", "head"):
         for _ in range(rng.randint(1, 8)):
             at = rng.randrange(min(size, 2000) if mishap == "head" else size)
             content[at] = rng.randrange(256)
-    elif mishap == "cut":
-        del content[at:]
+    elif mishap in ("cut", "none"):
+        del content[at if mishap == "cut" else 0 :]
     elif mishap == "lost":
         del content[at : at + length]
     elif mishap == "zeros":

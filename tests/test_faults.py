@@ -19,7 +19,7 @@ import torch
 import blockdrop_fast as bdf
 from blockdrop_fast.data.cifar_files import _read_pickle
 from blockdrop_fast.executors import crossover
-from blockdrop_fast.files import atomic_write, check_new_folder, remove_leftovers
+from blockdrop_fast.files import atomic_write, check_new_file, check_new_folder, remove_leftovers
 from blockdrop_fast.networks.checkpoints import read_torch, write_torch
 from tests import faults
 from tests.faults import KINDS, TINY, damaged
@@ -209,6 +209,8 @@ def test_a_read_only_folder_is_named(name, tmp_path):
         assert (folder / name).read_bytes() == before
         with pytest.raises(OSError, match=r"Read-only file system.*small"):
             check_new_folder(folder)
+        with pytest.raises(OSError, match=r"Read-only file system.*small"):
+            check_new_file("json", folder / "times.json")
 
 
 FEW = {"arch": "resnet8", "epochs": 3, "limit": 64, "batch_size": 32, "threads": 1}
@@ -220,6 +222,19 @@ def test_a_run_without_room_does_not_start(tmp_path, monkeypatch, capsys):
     with pytest.raises(OSError, match=r"out: no room, \S+ MB are needed and 0.5 MB are free"):
         pretrain(Pretrain(out=tmp_path / "out", **FEW))
     assert "epoch" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kilobytes", [1500, 1700])
+def test_a_run_that_starts_has_room(kilobytes, tmp_path):
+    # 307 for the model, twice 627 for its state: the next one is written beside the last.
+    with tmpfs(tmp_path / "small", kilobytes << 10) as folder:
+        config = Pretrain(out=folder / "out", **FEW | {"epochs": 2})
+        if kilobytes == 1500:
+            with pytest.raises(OSError, match="no room"):
+                pretrain(config)
+        else:
+            pretrain(config)
+            pretrain(Pretrain(out=folder / "out", resume=True, **FEW | {"epochs": 2}))
 
 
 def test_a_run_that_cannot_write_does_not_start(tmp_path, monkeypatch):

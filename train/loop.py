@@ -131,7 +131,7 @@ class Run:
         FileExistsError: the folder holds a run and ``--resume`` was not given.
         ValueError: ``--resume`` with other options than the run was started with, or from a file
             that is damaged; options that do not go with several processes.
-        OSError: the folder cannot be written, or has no room for a checkpoint.
+        OSError: the folder cannot be written, or has no room for checkpoints.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Run:
         check_out(config)
         for name in (STATE_FILE, MODEL_FILE, METRICS_FILE):
             remove_leftovers(config.out / name)
-        check_new_folder(config.out, self._checkpoint_size())
+        check_new_folder(config.out, self._room())
         config.out.mkdir(parents=True, exist_ok=True)
         if (config.out / STATE_FILE).exists():
             self._restore(config.out / STATE_FILE)
@@ -303,16 +303,23 @@ class Run:
         # Last: what a resumed run starts from is never older than the files beside it.
         write_torch(state, self.config.out / STATE_FILE)
 
-    def _checkpoint_size(self) -> int:
-        """Bytes that a checkpoint takes: the model, and again in the state, beside its moments."""
-        model = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+    def _room(self) -> int:
+        """Bytes that checkpoints need: model and state, and the next state until it replaces this.
+
+        A state is the model again, beside the optimizers' moments.
+        """
+        model = [tensor.nbytes for tensor in self.model.state_dict().values()]
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         moments = [
-            one.nbytes * (2 if "betas" in group else 1)
+            one.nbytes
             for group in groups
             for one in group["params"]
+            for _ in range(2 if "betas" in group else 1)
         ]
-        return 2 * model + sum(moments)
+        files = [self.config.out / name for name in (MODEL_FILE, STATE_FILE)]
+        there = sum(file.stat().st_size for file in files if file.exists())
+        tensors = 3 * model + 2 * moments
+        return sum(tensors) + 512 * len(tensors) - there  # headers of an archive's members
 
     def _restore(self, path: Path) -> None:
         state = read_state(path, "step", "history", "model", "optimizers", "schedulers")

@@ -13,7 +13,7 @@ import torch
 
 from blockdrop_fast.engine import compile
 from blockdrop_fast.executors import crossover
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import atomic_write, check_new_file, check_new_folder
 from blockdrop_fast.heuristics import random_k
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import calibration
@@ -127,6 +127,10 @@ def command(
         raise ValueError(f"batch: expected positive batch sizes, got {batch}")
     if calibrate and contenders:
         raise ValueError("contenders: --calibrate has its own, expected none")
+    if json is not None and calibrate:
+        check_new_folder(json.parent)
+    elif json is not None:
+        check_new_file("json", json)
     place = _device(device)
     on_gpu = place.type == "cuda"
     precision = DTYPES[dtype or ("bfloat16" if on_gpu else "float32")]

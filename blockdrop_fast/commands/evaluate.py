@@ -23,7 +23,7 @@ from blockdrop_fast.data.image_sets import (
 )
 from blockdrop_fast.engine import Engine, compile
 from blockdrop_fast.executors.cascade import CascadeEngine
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import atomic_write, check_new_file
 from blockdrop_fast.measure.evaluation import evaluate, format_curve
 from blockdrop_fast.measure.static_line import (
     cached_accuracies,
@@ -78,6 +78,8 @@ def command(
         raise ValueError("heuristic and keep: give both, or neither")
     if heuristic is not None and budget:
         raise ValueError("budget: a heuristic takes --keep, expected none")
+    if json is not None:
+        check_new_file("json", json)
     engine, dataset, normalization = prepare(checkpoint, data, strategy, limit, device)
     decide = None if heuristic is None else _decide(heuristic, keep, seed, engine)
 

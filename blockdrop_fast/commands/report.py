@@ -53,7 +53,7 @@ def command(
         device: cpu, cuda, …; auto takes a GPU where there is one.
         batches: batch sizes to time; none: no times.
     """
-    check_new_file(out, (".html",))
+    check_new_file("out", out, (".html",))
     engine, dataset, normalization = prepare_policy(
         checkpoint, data, strategy, limit, device, cascades=True
     )

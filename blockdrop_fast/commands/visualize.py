@@ -43,7 +43,7 @@ def command(
         limit: use only so many test images, drawn at random.
         device: cpu, cuda, …; auto takes a GPU where there is one.
     """
-    check_new_file(out, (".png", ".pdf", ".svg"))
+    check_new_file("out", out, (".png", ".pdf", ".svg"))
     engine, dataset, normalization = prepare_policy(checkpoint, data, strategy, limit, device)
     split = dataset.test
     results = collect(engine, split, normalization, batch_size)

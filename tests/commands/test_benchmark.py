@@ -86,6 +86,8 @@ def test_command_refuses_other_models(model, tmp_path):
         benchmark.command(str(path), batch=(1,))
     with pytest.raises(ValueError, match="batch: expected positive"):
         benchmark.command("resnet32", batch=(0,))
+    with pytest.raises(FileNotFoundError, match=r"json: the folder '.*no' does not exist"):
+        benchmark.command("resnet32", json=tmp_path / "no" / "times.json")
 
 
 def test_command_refuses_devices_that_are_not_here(monkeypatch):

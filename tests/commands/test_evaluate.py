@@ -271,7 +271,10 @@ def test_budgets(model, tmp_path, capsys):
         (["--data", "/nowhere/at/all"], "data: the folder '/nowhere/at/all' does not exist"),
         (["--device", "abacus"], "device: 'abacus' is not available"),
         (["--device", "meta"], "model: expected weights, those on the meta device have no values"),
-        (["--json", "/nowhere/at/all.json", "--limit", 5], "/nowhere"),
+        (
+            ["--json", "/nowhere/at/all.json", "--limit", 5],
+            "json: the folder '/nowhere/at'",
+        ),
     ],
 )
 def test_refuses_options(options, message, checkpoint, capsys):

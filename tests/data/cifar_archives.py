@@ -48,6 +48,14 @@ def write_cifar10(folder, write):
     )
 
 
+def write_cifar100(folder, write):
+    folder.mkdir(parents=True)
+    write(folder / "train", cifar_rows(3, 0), [99, 0, 5], "fine_labels")
+    write(folder / "test", cifar_rows(2, 1), [7, 98], "fine_labels")
+    names = [f"class {index}".encode() for index in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": names}, protocol=2))
+
+
 def write_as_python2(path, rows, labels, label_key):
     path.write_bytes(py2_pickle(b"data", rows, labels, label_key.encode()))
 

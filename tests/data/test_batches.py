@@ -23,6 +23,7 @@ from tests.data.cifar_archives import (
     py2_pickle,
     write_as_python2,
     write_cifar10,
+    write_cifar100,
     writer_with_protocol,
 )
 
@@ -165,11 +166,7 @@ def test_cifar_arrays_in_column_order(tmp_path):
 
 def test_cifar100_files(tmp_path):
     folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    write_as_python2(folder / "train", cifar_rows(3, 0), [99, 0, 5], "fine_labels")
-    write_as_python2(folder / "test", cifar_rows(2, 1), [7, 98], "fine_labels")
-    names = [f"class {index}".encode() for index in range(100)]
-    (folder / "meta").write_bytes(pickle.dumps({b"fine_label_names": names}, protocol=2))
+    write_cifar100(folder, write_as_python2)
     for source in (folder, tmp_path):
         dataset = load_dataset(source)
         assert dataset.name == "CIFAR-100"
