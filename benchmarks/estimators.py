@@ -26,7 +26,7 @@ from torch import Tensor
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import atomic_write, write_json
 from blockdrop_fast.machine import machine_info
 from train.config import Curriculum
 from train.curriculum import make_model, train_step
@@ -196,8 +196,7 @@ def main(arguments: Arguments) -> None:
         if estimator not in result["estimators"]:
             run = {"options": OPTIONS[estimator], "machine": machine_info()}
             result["estimators"][estimator] = run | {"points": train(arguments, estimator)}
-        with atomic_write(arguments.out.with_suffix(".json")) as path:
-            path.write_text(json.dumps(result, indent=1))
+        write_json(arguments.out.with_suffix(".json"), result)
         draw(result, arguments.out.with_suffix(".png"))
 
 

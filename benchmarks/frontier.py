@@ -7,7 +7,6 @@ and figures. ``benchmarks/README.md`` says how systems are described.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from blockdrop_fast.files import write_text
+from blockdrop_fast.files import write_json, write_text
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure.tolerance import WrongLogitsError
 from train.config import Common
@@ -82,7 +81,7 @@ def run(arguments: Arguments) -> None:
         "systems": [row.to_dict() for row in rows],
         "evaluations": earlier_results(path)["evaluations"],
     }
-    write_text(path, json.dumps(content, indent=1))
+    write_json(path, content)
     title = f"{dataset.name}, {len(dataset.test)} test images"
     strategies = dict.fromkeys(row.strategy for row in rows)
     about = [

@@ -7,7 +7,6 @@ and the same gates block-major, where the batch is compacted at each.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 import blockdrop_fast as bdf
 from blockdrop_fast.engine import Engine
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import write_json
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.tolerance import CHECKED_IMAGES, make_output_reference
@@ -232,8 +231,7 @@ def main(arguments: Arguments) -> None:
                 flush=True,
             )
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(arguments.out) as path:
-            path.write_text(json.dumps(result, indent=1))
+        write_json(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 
 from benchmarks import bench_finetune
-from blockdrop_fast.files import write_text
+from blockdrop_fast.files import write_json
 from blockdrop_fast.machine import cpu_model, machine_info
 from blockdrop_fast.measure import contenders, timing
 from blockdrop_fast.measure.workload import make_workload
@@ -120,7 +120,7 @@ def run(arguments: Arguments, cases: dict[str, Callable[[], float]] = CASES) -> 
     if not arguments.record:
         return fallen(measured, here)
     records[cpu_model()] = {"machine": machine_info(), "ratios": here | measured}
-    write_text(arguments.file, json.dumps(records, indent=1) + "\n")
+    write_json(arguments.file, records)
     return []
 
 

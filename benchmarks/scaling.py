@@ -6,7 +6,6 @@ at a fixed batch size, fits a straight line to each, and draws both.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 import tyro
 
 from blockdrop_fast import heuristics
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import atomic_write, write_json
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.tolerance import CHECKED_IMAGES, make_reference
 from blockdrop_fast.measure.workload import make_workload
@@ -134,8 +133,7 @@ def main(arguments: Arguments) -> None:
             f"{name}: {1e3 * line['fixed']:.3f} ms + {1e6 * line['slope']:.1f} µs each, "
             f"R² {line['r_squared']:.5f}"
         )
-    with atomic_write(arguments.out.with_suffix(".json")) as path:
-        path.write_text(json.dumps(result, indent=1))
+    write_json(arguments.out.with_suffix(".json"), result)
     draw(result, arguments.out.with_suffix(".png"))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -50,6 +52,15 @@ def write_text(path: Path, text: str) -> None:
     """
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, for people to read as well, as ``atomic_write`` does.
+
+    Raises:
+        OSError: see ``atomic_write``.
+    """
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def remove_leftovers(path: Path) -> None:

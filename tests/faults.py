@@ -32,7 +32,8 @@ from PIL import Image
 import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import batches_of, load_dataset
 from blockdrop_fast.executors import crossover, measured, proven
-from blockdrop_fast.networks.checkpoints import load_any, load_policy, read_torch, write_torch
+from blockdrop_fast.networks.checkpoint_files import read_torch, write_torch
+from blockdrop_fast.networks.checkpoints import load_any, load_policy
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.triton_kernels.config import Config, Problem, read_table
 from tests.data.cifar_archives import (

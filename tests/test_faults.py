@@ -20,7 +20,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.cifar_files import _read_pickle
 from blockdrop_fast.executors import crossover
 from blockdrop_fast.files import atomic_write, check_new_file, check_new_folder, remove_leftovers
-from blockdrop_fast.networks.checkpoints import read_torch, write_torch
+from blockdrop_fast.networks.checkpoint_files import read_torch, write_torch
 from tests import faults
 from tests.faults import KINDS, TINY, damaged
 from train.config import Heuristics, Pretrain

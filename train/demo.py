@@ -7,7 +7,6 @@ On two CPU cores about three minutes from a fresh clone, environment and build i
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import blockdrop_fast as bdf
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import atomic_write, write_json
 from blockdrop_fast.measure.contenders import measure
 from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.measure.workload import load_workload
@@ -75,17 +74,12 @@ def demo(config: Demo) -> None:
     print("\n" + format_lines(lines, dataset.name, results))
     figure = config.out / "demo.png"
     draw(lines, evaluations[OURS], dataset.name, figure)
-    with atomic_write(config.out / "demo.json") as path:
-        path.write_text(
-            json.dumps(
-                {
-                    "machine": machine,
-                    "lines": [asdict(line) for line in lines],
-                    "evaluation": evaluations[OURS].to_dict(),
-                },
-                indent=1,
-            )
-        )
+    content = {
+        "machine": machine,
+        "lines": [asdict(line) for line in lines],
+        "evaluation": evaluations[OURS].to_dict(),
+    }
+    write_json(config.out / "demo.json", content)
     print(
         f"\ntrained in {trained:.0f} s, all in {time.monotonic() - started:.0f} s on "
         f"{machine['cpu']}, {machine['threads']} threads; figure: {figure}"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from blockdrop_fast.measure.static_line import static_line
-from blockdrop_fast.networks.checkpoints import read_torch, write_torch
+from blockdrop_fast.networks.checkpoint_files import read_torch, write_torch
 from blockdrop_fast.networks.menu import Menu
 from train import distributed
 from train.config import Expert

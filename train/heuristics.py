@@ -8,12 +8,10 @@ ResNet-32, CIFAR-10 (JPEG), 11 of 15 blocks (docs/results/cifar10-jpeg.md): Firs
 
 from __future__ import annotations
 
-import json
-
 import torch
 
 import blockdrop_fast as bdf
-from blockdrop_fast.files import atomic_write, check_new_folder
+from blockdrop_fast.files import check_new_folder, write_json
 from blockdrop_fast.networks.checkpoints import load_any
 from train import distributed
 from train.config import Heuristics
@@ -62,5 +60,4 @@ def heuristics(config: Heuristics) -> None:
     if not distributed.is_first():
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(config.out / "heuristics.json") as path:
-        path.write_text(json.dumps({name: row.to_dict() for name, row in rows.items()}, indent=1))
+    write_json(config.out / "heuristics.json", {name: row.to_dict() for name, row in rows.items()})

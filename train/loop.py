@@ -24,14 +24,14 @@ from blockdrop_fast.data.image_sets import (
     ImageSet,
     Normalization,
 )
-from blockdrop_fast.files import atomic_write, check_new_folder, remove_leftovers
+from blockdrop_fast.files import check_new_folder, remove_leftovers, write_json
 from blockdrop_fast.measure.evaluation import Evaluation, evaluate
 from blockdrop_fast.measure.static_line import (
     cached_accuracies,
     cached_static_line,
     default_images,
 )
-from blockdrop_fast.networks.checkpoints import read_torch, write_torch
+from blockdrop_fast.networks.checkpoint_files import read_torch, write_torch
 from train import distributed
 from train.config import Common
 
@@ -298,8 +298,7 @@ class Run:
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
         }
         bdf.save(self.model, self.config.out / MODEL_FILE)
-        with atomic_write(self.config.out / METRICS_FILE) as path:
-            path.write_text(json.dumps(self.history, indent=1))
+        write_json(self.config.out / METRICS_FILE, self.history)
         # Last: what a resumed run starts from is never older than the files beside it.
         write_torch(state, self.config.out / STATE_FILE)
 

@@ -12,11 +12,10 @@ that was interrupted goes on where it was.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import blockdrop_fast as bdf
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import write_json
 from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.networks.checkpoints import load_any
 from train import distributed
@@ -57,9 +56,8 @@ def recipe(config: Recipe) -> None:
     results = evaluate_stages(config, stages)
     print("\n" + format_results(results))
     if distributed.is_first():
-        with atomic_write(config.out / RESULT_FILE) as path:
-            values = {name: evaluation.to_dict() for name, evaluation in results.items()}
-            path.write_text(json.dumps(values, indent=1) + "\n")
+        values = {name: evaluation.to_dict() for name, evaluation in results.items()}
+        write_json(config.out / RESULT_FILE, values)
 
 
 def stages_of(config: Recipe, presets: dict[str, Common]) -> dict[str, Stage]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from blockdrop_fast.data.image_sets import Dataset
-from blockdrop_fast.files import write_text
+from blockdrop_fast.files import write_json, write_text
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure.tolerance import WrongLogitsError
 from train.config import Reproduce
@@ -96,7 +96,7 @@ def _claim(config: Reproduce, scale: Scale, dataset: Dataset) -> None:
     path = config.out / WHAT_FILE
     if not path.exists():
         config.out.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(what, indent=1) + "\n")
+        write_json(path, what)
         return
     held = _read(path)
     differ = [
@@ -221,7 +221,7 @@ def _write(
         results["parts"][part] = {"machine": machine, "text": text, "systems": systems}
     command = replace(config, out=Path(config.out.name), only=())
     results["command"] = Stage("reproduce", command).command(config.scale)
-    write_text(path, json.dumps(results, indent=1))
+    write_json(path, results)
     page = [f"# Reproduction: {dataset.name}", f"`{results['command']}`", NOTES]
     for part in PARTS:
         if part in results["parts"]:

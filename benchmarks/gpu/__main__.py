@@ -36,7 +36,7 @@ import torch
 from benchmarks.gpu import bench, cells, report
 from benchmarks.gpu.cells import Cell
 from blockdrop_fast.executors import measured, proven
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import write_json, write_text
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure.contenders import SLOW_TO_BUILD
 
@@ -56,10 +56,8 @@ def code_hash() -> str:
 
 def write(content: dict, folder: Path) -> None:
     """gpu.json and gpu.txt, each in one step."""
-    texts = {"gpu.json": json.dumps(content, indent=1), "gpu.txt": report.describe(content)}
-    for name, text in texts.items():
-        with atomic_write(folder / name) as path:
-            path.write_text(text)
+    write_json(folder / "gpu.json", content)
+    write_text(folder / "gpu.txt", report.describe(content))
 
 
 def earlier_cells(path: Path, machine: Mapping, code: str) -> dict[str, dict]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ import torch
 
 from blockdrop_fast.engine import compile
 from blockdrop_fast.executors import crossover
-from blockdrop_fast.files import atomic_write, check_new_file, check_new_folder
+from blockdrop_fast.files import check_new_file, check_new_folder, write_json
 from blockdrop_fast.heuristics import random_k
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import calibration
@@ -184,8 +183,7 @@ def command(
     if json is not None:
         content = {"machine": machine, "unavailable": unavailable}
         content["rows"] = [asdict(row) for row in rows]
-        with atomic_write(json) as path:
-            path.write_text(json_module.dumps(content, indent=1))
+        write_json(json, content)
 
 
 def _device(name: str) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from blockdrop_fast.data.image_sets import (
 )
 from blockdrop_fast.engine import Engine, compile
 from blockdrop_fast.executors.cascade import CascadeEngine
-from blockdrop_fast.files import atomic_write, check_new_file
+from blockdrop_fast.files import check_new_file, write_json
 from blockdrop_fast.measure.evaluation import evaluate, format_curve
 from blockdrop_fast.measure.static_line import (
     cached_accuracies,
@@ -116,10 +115,9 @@ def command(
     if json is not None:
         about |= {"strategy": engine.strategy, "strategy_reason": engine.strategy_reason}
         about |= {"heuristic": heuristic, "keep": keep, "seed": seed, "device": str(engine.device)}
-        with atomic_write(json) as path:
-            found = [evaluation.to_dict() for evaluation in evaluations]
-            about |= found[0] if len(found) == 1 else {"budgets": list(budget), "curve": found}
-            path.write_text(json_module.dumps(about, indent=1) + "\n")
+        found = [evaluation.to_dict() for evaluation in evaluations]
+        about |= found[0] if len(found) == 1 else {"budgets": list(budget), "curve": found}
+        write_json(json, about)
 
 
 def static_accuracies(

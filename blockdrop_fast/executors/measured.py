@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import write_json
 
 CACHE_VARIABLE = "BLOCKDROP_CACHE"
 PACKAGED = Path(__file__).with_name("gpus")  # a folder a GPU
@@ -71,5 +71,4 @@ def write(path: Path, format: str, before: list[dict], entries: list[dict]) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not before:
         path.replace(path.with_name(path.name + ".unreadable"))
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({"format": format, "entries": entries}, indent=1))
+    write_json(path, {"format": format, "entries": entries})

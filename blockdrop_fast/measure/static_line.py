@@ -6,6 +6,7 @@ elimination, on training images, and kept in a file beside the checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockdrop_fast.engine import Engine
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import write_json
 from blockdrop_fast.networks.checkpoints import locate
 
 CRITERION = "cross entropy"
@@ -250,8 +251,5 @@ def _read(path: Path) -> dict:
 
 def _write(path: Path, values: dict) -> None:
     """Write a line's file, where its folder can be written."""
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(values, indent=1) + "\n")
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        write_json(path, values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import write_json
 from blockdrop_fast.ops.gathered_conv import gathered_conv_reference_, pack_conv
 from blockdrop_fast.triton_kernels.config import (
     Config,
@@ -130,8 +129,7 @@ def write_table(path: Path, entries: list[Entry], gpu: str) -> None:
         ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(table, indent=1) + "\n")
+    write_json(path, table)
     forget_tables()
 
 

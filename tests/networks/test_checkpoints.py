@@ -19,7 +19,7 @@ from blockdrop_fast.data.image_sets import (
     R32_C10_NORMALIZATION,
     Normalization,
 )
-from blockdrop_fast.networks import checkpoints
+from blockdrop_fast.networks import weights
 from blockdrop_fast.networks.architectures import (
     resnet_cifar,
     resnext50_32x4d,
@@ -176,7 +176,7 @@ def test_torchvisions_resnexts_and_wide_resnets(
     state = {key: torch.tensor(1.0).expand(shape) for key, shape in shapes.items()}
     state |= {key: torch.tensor(1) for key in state if key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "net.pth")
-    monkeypatch.setattr(checkpoints, "_load_strictly", lambda *_: None)
+    monkeypatch.setattr(weights, "load_strictly", lambda *_: None)
     loaded = load_backbone(tmp_path / "net.pth")
     assert loaded.config == network.config
     assert loaded.normalization == IMAGENET_NORMALIZATION
@@ -711,4 +711,4 @@ def test_policy_from_something_else(tmp_path):
 
 
 def test_checkpoint_error_is_a_value_error():
-    assert issubclass(checkpoints.CheckpointError, ValueError)
+    assert issubclass(CheckpointError, ValueError)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import batches_of
 from blockdrop_fast.data.image_sets import Dataset
-from blockdrop_fast.files import write_text
+from blockdrop_fast.files import write_json
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure.evaluation import Evaluation, evaluate, summarise
 from blockdrop_fast.measure.static_line import fingerprint
@@ -46,7 +46,7 @@ def evaluate_systems(loaded: Sequence[Loaded], dataset: Dataset, path: Path) -> 
             evaluation = _evaluate(one, dataset)
             about = {"commit": machine_info()["commit"]}
             content["evaluations"][key] = evaluation.to_dict() | about
-            write_text(path, json.dumps(content, indent=1))
+            write_json(path, content)
         values = content["evaluations"][key]
         found.append(Evaluation(**{name: values[name] for name in _measured()}))
     return found

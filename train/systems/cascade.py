@@ -8,16 +8,16 @@ held-out images, which ``pretrain --held-out`` has left aside. metrics.json has 
 
 from __future__ import annotations
 
-import json
 from itertools import accumulate
 
 import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
-from blockdrop_fast.files import atomic_write, check_new_folder
+from blockdrop_fast.files import check_new_folder, write_json
 from blockdrop_fast.networks.cascade import blocks_of
-from blockdrop_fast.networks.checkpoints import load_any, write_torch
+from blockdrop_fast.networks.checkpoint_files import write_torch
+from blockdrop_fast.networks.checkpoints import load_any
 from train import distributed
 from train.loop import (
     EVALUATION_BATCH,
@@ -63,8 +63,7 @@ def cascade(config: Cascade) -> None:
     names = [str(path) for path in config.networks]
     shipped = set(names) <= set(bdf.pretrained())
     bdf.save(model, config.out / MODEL_FILE, networks=names if shipped else None)
-    with atomic_write(config.out / METRICS_FILE) as path:
-        path.write_text(json.dumps([metrics | report], indent=1))
+    write_json(config.out / METRICS_FILE, [metrics | report])
     # Last: the run is complete.
     write_torch({"epoch": 0, "config": options_text(config)}, config.out / STATE_FILE)
 
