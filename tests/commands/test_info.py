@@ -88,7 +88,7 @@ def test_missing_extension_is_explained_and_survived():
 def test_extension_for_another_torch_is_not_imported(monkeypatch, tmp_path):
     """Where it can be imported all the same, it may compute anything."""
     record = tmp_path / "record.json"
-    record.write_text(json.dumps({"torch": "2.9.0+cu130"}))
+    record.write_text(json.dumps({"torch": "2.8.0+cu130"}))
     monkeypatch.setattr(_extension, "BUILD_RECORD", record)
     monkeypatch.setattr(_extension.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(_extension.importlib, "import_module", lambda name: pytest.fail(name))
@@ -96,7 +96,7 @@ def test_extension_for_another_torch_is_not_imported(monkeypatch, tmp_path):
         status = _extension.load_extension.__wrapped__()
     assert status.state == "failed"
     assert not status.loaded
-    for part in ("2.9.0+cu130", torch.__version__, "--no-build-isolation"):
+    for part in ("2.8.0+cu130", torch.__version__, "--no-build-isolation"):
         assert part in status.reason
 
 
