@@ -24,7 +24,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test quick sanitize tsan fuzz faults load audit bench bench-guard lint types package format clean \
+.PHONY: help install demo test quick sanitize tsan fuzz faults kills load audit bench bench-guard lint types package format clean \
     check-aarch64 check-cuda-build gpu gpu-check gpu-bench gpu-decide
 
 help: ## list the targets
@@ -96,6 +96,10 @@ fuzz: install ## 10,000 public calls with random arguments, against float64 (hal
 faults: install ## damage 300 files of each kind, and kill 300 saves (10 minutes)
 	$(BIN)/python -m tests.faults --cases 300
 	BLOCKDROP_KILLS=300 $(BIN)/python -m pytest tests/test_faults.py -k kill_while_saving
+
+# One thread, as a process that has others cannot be forked.
+kills: install ## kill every stage of the trainer ten times: the same bits in the end (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --kills 10
 
 bench: install ## run the quick benchmarks (BENCH_FLAGS= for all)
 	$(BIN)/python -m pytest benchmarks $(BENCH_FLAGS) $(PYTEST_FLAGS)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it replaces ``path`` in one step.
 
     The file gets the permissions that a plain ``open`` would give it; a symbolic link stays one.
+    What killed processes have left of the same file goes.
 
     Raises:
         OSError: naming the file: its folder does not exist or cannot be written, the disk is full.
     """
     path = Path(path).resolve()
+    remove_leftovers(path)
     try:
         descriptor, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
     except OSError as error:
         raise _of(path, error) from None
-    os.close(descriptor)
     temporary = Path(name)
     try:
+        _lock(descriptor)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -42,6 +45,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise _of(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -64,9 +68,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes have left of ``path``; no other process may be writing it."""
+    """Remove what killed processes have left of ``path``, not what others are writing."""
     for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}????????"):
-        leftover.unlink(missing_ok=True)
+        with suppress(OSError), open(leftover, "r+b") as file:
+            if _lock(file.fileno()):
+                leftover.unlink()
 
 
 def check_new_folder(folder: Path, size: int = 0) -> None:
@@ -114,6 +120,17 @@ def check_new_file(argument: str, path: Path, suffixes: Sequence[str] = ()) -> N
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{argument}: the folder {str(path.parent)!r} does not exist")
     check_new_folder(path.parent)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether nobody else holds the file: whoever writes it does, until it ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return False
+    return True
 
 
 def _prefix(path: Path) -> str:

@@ -1,10 +1,11 @@
 """Atomic writes: whole or not at all, with ordinary permissions."""
 
 import os
+import signal
 
 import pytest
 
-from blockdrop_fast.files import atomic_write
+from blockdrop_fast.files import atomic_write, remove_leftovers
 
 
 def test_writes_and_replaces(tmp_path):
@@ -28,6 +29,49 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError, match="interrupted"):
         fail()
     assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def begin(target):
+    """A process that has begun to write the file, and goes on to do so."""
+    seen, tell = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with atomic_write(target) as path:
+            path.write_text("half")
+            os.write(tell, b".")
+            signal.pause()
+    os.read(seen, 1)
+    for end in (seen, tell):
+        os.close(end)
+    return process
+
+
+def end(process):
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path):
+    target = tmp_path / "file"
+    end(begin(target))
+    (begun,) = os.listdir(tmp_path)
+    assert begun.startswith(".file.")
+    with atomic_write(target) as path:
+        path.write_text("whole")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    target = tmp_path / "file"
+    process = begin(target)
+    (begun,) = os.listdir(tmp_path)
+    with atomic_write(target) as path:
+        path.write_text("whole")
+    remove_leftovers(target)
+    assert sorted(os.listdir(tmp_path)) == sorted([begun, "file"])
+    end(process)
+    remove_leftovers(target)
     assert os.listdir(tmp_path) == ["file"]
 
 

@@ -32,11 +32,13 @@ from train.loop import (
     EVALUATION_BATCH,
     Run,
     autocast,
+    check_options,
     check_out,
     device_of,
     engine_dtype,
     evaluate_test,
     evaluation_metrics,
+    options_text,
     plain_batches,
     prepare,
     split,
@@ -203,7 +205,10 @@ def _make_examples(
     path = config.out / EXAMPLES_FILE
     # A process that is late may find what the first one has just written.
     if config.resume and distributed.gathered(path.exists())[0]:
-        return read_torch(path)
+        examples = read_torch(path)
+        if "config" in examples:  # a run killed before its first checkpoint has no other record
+            check_options(examples["config"], config)
+        return examples
     if start is not None:
         menu = start.menu.sets.cpu()
         right = make_examples(engine, train, menu, config.workers)
@@ -217,7 +222,7 @@ def _make_examples(
         print(f"examples: {kept} blocks, right {100 * share:.1f} %")
     if distributed.is_first():
         config.out.mkdir(parents=True, exist_ok=True)
-        write_torch(examples, path)
+        write_torch(examples | {"config": options_text(config)}, path)
     return examples
 
 

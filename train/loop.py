@@ -117,6 +117,12 @@ def changed_options(started_with: str, config: Common) -> list[str]:
     ]
 
 
+def check_options(started_with: str, config: Common) -> None:
+    """Raise ValueError where a run would go on with other options; see ``changed_options``."""
+    if changed := changed_options(started_with, config):
+        raise ValueError("resume: the run was started with other options: " + ", ".join(changed))
+
+
 class Run:
     """One training run: its folder, its state on disk, its logs.
 
@@ -322,11 +328,7 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         state = read_state(path, "step", "history", "model", "optimizers", "schedulers")
-        changed = changed_options(state["config"], self.config)
-        if changed:
-            raise ValueError(
-                "resume: the run was started with other options: " + ", ".join(changed)
-            )
+        check_options(state["config"], self.config)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

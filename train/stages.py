@@ -88,7 +88,13 @@ class Stage:
 
 
 def run_stages(stages: dict[str, Stage]) -> None:
-    """Run the stages that are not complete."""
+    """Run the stages that are not complete.
+
+    Raises:
+        ValueError: a folder holds a run with other options; before anything runs.
+    """
+    for stage in stages.values():
+        stage.check()
     for name, stage in stages.items():
         if stage.complete:
             print(f"{name}: complete in {stage.config.out}")

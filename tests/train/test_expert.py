@@ -181,6 +181,21 @@ def test_resumes_to_the_same(config, trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_examples_of_other_options_are_not_taken(config, tmp_path, monkeypatch):
+    """Of a run that was killed between them and its first checkpoint."""
+    parts = replace(config, out=tmp_path, epochs=1)
+    monkeypatch.setattr("train.expert._make_policy", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        expert(parts)
+    assert [path.name for path in tmp_path.iterdir()] == [EXAMPLES_FILE]
+    with pytest.raises(ValueError, match=r"resume: .* with other options: sets 12 -> 3"):
+        expert(replace(parts, sets=3, resume=True))
+    monkeypatch.setattr("train.expert.make_examples", None)  # they are there
+    with pytest.raises(ZeroDivisionError):
+        expert(replace(parts, resume=True))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -55,6 +55,8 @@ def test_quick_runs_resumes_and_compares(tmp_path, monkeypatch, capsys):
     assert "against one set" in printed
     results = json.loads((tmp_path / RESULT_FILE).read_text())
     assert results["one set for all"]["block_usage"] == 2
+    with pytest.raises(ValueError, match=r"expert holds a run with other options: budget 2.0 -> 3"):
+        recipe(replace(config, budget=3.0))
     assert bdf.load(tmp_path / "refit" / "model.safetensors").policy.menu.budget == 2.0
 
 

@@ -3,10 +3,8 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -284,61 +282,6 @@ def test_stochastic_depth_rates():
     rates = keep[2000:].float().mean(0)
     expected = torch.tensor([1 - 0.125, 1 - 0.25, 1 - 0.375, 1 - 0.5])
     assert (rates - expected).abs().max() < 0.03
-
-
-STAGE_SCRIPT = """
-import sys
-from pathlib import Path
-from train.config import Curriculum, Pretrain
-from train.curriculum import curriculum
-from train.pretrain import pretrain
-stage, out, resume, backbone = sys.argv[1:]
-common = dict(epochs=5, out=Path(out), resume=resume == "resume", limit=192, batch_size=48,
-              threads=1, seed=3)
-if stage == "pretrain":
-    pretrain(Pretrain(arch="resnet8", drop_rate=0.3, **common))
-else:
-    curriculum(
-        Curriculum(backbone=Path(backbone), samples=2, lr=1e-3, usage_target=1.0, **common)
-    )
-"""
-
-
-def start(stage: str, out: Path, resume: str, backbone: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", STAGE_SCRIPT, stage, str(out), resume, str(backbone)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["pretrain", "curriculum"])
-def test_resume_after_kill_9_continues_to_the_same_result(stage, pretrained, tmp_path):
-    backbone = pretrained / "model.safetensors"
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(stage, whole, "new", backbone).wait(timeout=300) == 0
-    process = start(stage, killed, "new", backbone)
-    deadline = time.monotonic() + 300
-    while not (killed / "state.pt").exists() and process.poll() is None:
-        assert time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    saved = torch.load(killed / "state.pt", weights_only=True)["epoch"]
-    assert 1 <= saved < 5, "the run was over before it was killed"
-    assert start(stage, killed, "resume", backbone).wait(timeout=300) == 0
-    expected, resumed = (torch.load(out / "state.pt", weights_only=True) for out in (whole, killed))
-    assert resumed["schedulers"] == expected["schedulers"]
-    for name, value in expected["model"].items():
-        assert torch.equal(value, resumed["model"][name]), name
-    without_speed = [
-        [{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics(out)]
-        for out in (whole, killed)
-    ]
-    assert without_speed[0] == without_speed[1]
 
 
 def test_an_existing_run_is_not_overwritten(pretrained):
