@@ -67,6 +67,8 @@ def processes(config: Common) -> Iterator[None]:
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     # It would say so of every network that happens to use all of its weights.
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    # By torch 2.13, whose other name for it older ones do not know.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import blockdrop_fast as bdf
+from blockdrop_fast.networks.resnet import masked_block
 from train import distributed
 from train.config import Finetune
 from train.distillation import distillation_loss, load_teacher
@@ -174,9 +175,21 @@ def _masked_passes(
 ) -> tuple[Tensor, Tensor]:
     """The authors' two passes: (B, C) logits of the sampled one; (2, B, C), without gradient."""
     with torch.no_grad():
-        thresholded = backbone(images, decisions[0])
-    logits = backbone(images, decisions[1])
+        thresholded = masked_pass(backbone, images, decisions[0])
+    logits = masked_pass(backbone, images, decisions[1])
     return logits, torch.stack([thresholded, logits.detach()])
+
+
+def masked_pass(backbone: bdf.ResNet, images: Tensor, decisions: Tensor) -> Tensor:
+    """``backbone(images, decisions)`` of a process: computed is what any image of the batch keeps.
+
+    So its batch norms see the same blocks in all processes; synchronised ones wait for each other.
+    """
+    used = distributed.mean(decisions.any(0).float()) > 0
+    x = backbone.stem(images)
+    for (block, shortcut), keep, some in zip(backbone.blocks(), decisions.T, used, strict=True):
+        x = masked_block(block, shortcut, x, keep, some)
+    return backbone.classifier(x)
 
 
 def _engine_passes(

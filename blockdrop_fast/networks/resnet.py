@@ -424,16 +424,19 @@ class ResNet(nn.Module):
         )
 
 
-def masked_block(block: nn.Module, shortcut: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+def masked_block(
+    block: nn.Module, shortcut: nn.Module, x: Tensor, keep: Tensor, used: Tensor | None = None
+) -> Tensor:
     """One block for all images, dropped ones masked afterwards: readable, and saves nothing.
 
     Args:
         block, shortcut: of ``ResNet.blocks``.
         x: (B, C, H, W), the block's input.
         keep: (B,) bool.
+        used: scalar bool, whether the block is computed; default: if an image keeps it.
     """
     residual = shortcut(x)
-    if not keep.any():
+    if not (keep.any() if used is None else used):
         return residual
     return torch.where(keep[:, None, None, None], F.relu(residual + block(x)), residual)
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tests.train import sync_batch_norm
 from train import distributed
 from train.loop import Run
 
@@ -56,6 +57,7 @@ def run_stage(stage, config, frozen=True, epochs=None):
     """Run a stage; the first process leaves the gradients of its first step in ``gradients.pt``.
 
     Args:
+        config: ``--sync-bn`` has kernels for this CPU then.
         frozen: batch norm has running statistics, which stay as they are.
         epochs: of them, do at most so many.
     """
@@ -77,6 +79,8 @@ def run_stage(stage, config, frozen=True, epochs=None):
     hook = register_optimizer_step_pre_hook(look)
     with ExitStack() as patches:
         patches.callback(hook.remove)
+        if config.sync_bn:
+            patches.enter_context(sync_batch_norm.on_cpu())
         patches.enter_context(patch.object(Run, "epochs", few_epochs))
         if frozen:
             patches.enter_context(patch.object(_BatchNorm, "train", stay))
