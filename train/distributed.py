@@ -92,7 +92,10 @@ def processes(config: Common) -> Iterator[None]:
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out")
+    words = (
+        *("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out"),
+        "Application timeout",  # torch 2.9
+    )
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 

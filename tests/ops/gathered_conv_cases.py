@@ -210,9 +210,10 @@ def mend_interpreter() -> None:
 
     patch_tensor = interpreter._patch_lang_tensor
 
-    def patch(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def patch(tensor, *scopes):  # one; Triton 3.5 has none
+        patch_tensor(tensor, *scopes)
+        set_attribute = scopes[0].set_attr if scopes else setattr
+        set_attribute(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch
 
