@@ -68,7 +68,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes have left of ``path``, not what others are writing."""
+    """Remove what killed processes have left of ``path``, not what others are writing.
+
+    Without locks in its file system, which tell one from the other, all stays.
+    """
     for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}????????"):
         with suppress(OSError), open(leftover, "r+b") as file:
             if _lock(file.fileno()):

@@ -44,6 +44,14 @@ def _read_state(path: Path) -> dict:
     return state
 
 
+def _read_json(path: Path) -> object:
+    content = json.loads(path.read_text())
+    if isinstance(content, dict) and "evaluations" in content:
+        # By hashes of files, whose metadata have no order.
+        content["evaluations"] = sorted(map(json.dumps, content["evaluations"].values()))
+    return content
+
+
 def _read_figure(path: Path) -> None:
     with Image.open(path) as image:
         image.load()
@@ -52,7 +60,7 @@ def _read_figure(path: Path) -> None:
 READERS: dict[str, Callable[[Path], object]] = {
     ".safetensors": _read_model,
     ".pt": _read_state,
-    ".json": lambda path: json.loads(path.read_text()),
+    ".json": _read_json,
     ".png": _read_figure,
     ".jpg": _read_figure,
     ".md": lambda path: None if path.read_text().endswith("\n") else 1 / 0,
