@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import contextmanager
 
 import pytest
 
@@ -32,29 +33,33 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def begin(target):
-    """A process that has begun to write the file, and goes on to do so."""
+@contextmanager
+def killed_at_the_end(target):
+    """Meanwhile a process writes the file, and does not get to the end of it."""
     seen, tell = os.pipe()
     process = os.fork()
     if process == 0:
-        with atomic_write(target) as path:
-            path.write_text("half")
-            os.write(tell, b".")
-            signal.pause()
-    os.read(seen, 1)
-    for end in (seen, tell):
-        os.close(end)
-    return process
-
-
-def end(process):
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+        try:
+            with atomic_write(target) as path:
+                path.write_text("half")
+                os.write(tell, b".")
+                signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        os.read(seen, 1)
+        yield
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(seen)
+        os.close(tell)
 
 
 def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path):
     target = tmp_path / "file"
-    end(begin(target))
+    with killed_at_the_end(target):
+        pass
     (begun,) = os.listdir(tmp_path)
     assert begun.startswith(".file.")
     with atomic_write(target) as path:
@@ -64,13 +69,12 @@ def test_what_a_killed_write_leaves_goes_with_the_next(tmp_path):
 
 def test_what_another_process_is_writing_stays(tmp_path):
     target = tmp_path / "file"
-    process = begin(target)
-    (begun,) = os.listdir(tmp_path)
-    with atomic_write(target) as path:
-        path.write_text("whole")
-    remove_leftovers(target)
-    assert sorted(os.listdir(tmp_path)) == sorted([begun, "file"])
-    end(process)
+    with killed_at_the_end(target):
+        (begun,) = os.listdir(tmp_path)
+        with atomic_write(target) as path:
+            path.write_text("whole")
+        remove_leftovers(target)
+        assert sorted(os.listdir(tmp_path)) == sorted([begun, "file"])
     remove_leftovers(target)
     assert os.listdir(tmp_path) == ["file"]
 
