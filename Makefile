@@ -93,11 +93,11 @@ audit: install ## known vulnerabilities of what is installed; asks a service
 fuzz: install ## 10,000 public calls with random arguments, against float64 (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 10000
 
-faults: install ## damage 300 files of each kind, and kill 300 saves (10 minutes)
-	$(BIN)/python -m tests.faults --cases 300
-	BLOCKDROP_KILLS=300 $(BIN)/python -m pytest tests/test_faults.py -k kill_while_saving
+# One thread, in these, as a process that has others cannot be forked.
+faults: install ## damage 300 files of each kind, and kill 300 saves (5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --cases 300
+	OMP_NUM_THREADS=1 BLOCKDROP_KILLS=300 $(BIN)/python -m pytest tests/test_faults.py -k kill_while_saving
 
-# One thread, as a process that has others cannot be forked.
 kills: install ## kill every stage of the trainer ten times: the same bits in the end (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --kills 10
 
