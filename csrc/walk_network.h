@@ -17,10 +17,14 @@ inline void check_images(const at::Tensor& images) {
                     "images: expected shape (B, 3, H, W), got ", images.sizes());
 }
 
-// A network's residual blocks and classes. There are no more blocks than weights, so that their
-// length can be counted.
-inline void check_network(const at::Tensor& weights, at::IntArrayRef layers, int64_t num_classes) {
-  const auto possible = [&](int64_t blocks) { return blocks >= 1 && blocks <= weights.numel(); };
+// More blocks than any network has, few enough to be counted one by one.
+constexpr int64_t kMostBlocksOfSegment = int64_t{1} << 16;
+
+// A network's residual blocks and classes.
+inline void check_network(at::IntArrayRef layers, int64_t num_classes) {
+  const auto possible = [](int64_t blocks) {
+    return blocks >= 1 && blocks <= kMostBlocksOfSegment;
+  };
   TORCH_CHECK_VALUE(layers.size() == 3 && std::all_of(layers.begin(), layers.end(), possible),
                     "layers: expected at least one block in 3 segments, got ", layers);
   TORCH_CHECK_VALUE(num_classes >= 1 && num_classes <= std::numeric_limits<int>::max(),
@@ -43,6 +47,8 @@ inline void check_decisions(const at::Tensor& decisions, int64_t batch, int64_t 
                         decisions.size(-1) == num_blocks,
                     "decisions: expected shape (B, K) or (S, B, K) with B = ", batch,
                     " and K = ", num_blocks, ", got ", decisions.sizes());
+  TORCH_CHECK_VALUE(decisions.size(0) <= std::numeric_limits<int>::max(),
+                    "decisions: too many sets for this kernel, got ", decisions.size(0));
 }
 
 }  // namespace blockdrop

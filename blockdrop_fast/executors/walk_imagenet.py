@@ -14,6 +14,7 @@ from blockdrop_fast.ops.walk_imagenet import (
     STEM_CHANNELS,
     conv_shapes,
     pack_conv,
+    signature,
     walk_imagenet,
     walk_imagenet_policy,
 )
@@ -84,9 +85,10 @@ def pack(network: FoldedNetwork, winograd: int) -> tuple:
     described = (bottleneck, layers, channels, widths, config.num_classes)
     shapes = list(conv_shapes(*described, winograd))
     sizes = [shape.packed_size() for shape in shapes]
-    weights = _empty_in_large_pages(sum(sizes), network.stem.weight.dtype)
-    for conv, shape, out in zip(_convs(network), shapes, weights.split(sizes), strict=True):
+    weights = _empty_in_large_pages(sum(sizes) + 1, network.stem.weight.dtype)
+    for conv, shape, out in zip(_convs(network), shapes, weights[:-1].split(sizes), strict=True):
         pack_conv(*conv, shape, out)
+    weights[-1] = signature(*described, winograd)
     return weights, *described, winograd
 
 

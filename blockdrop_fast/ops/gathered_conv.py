@@ -11,16 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockdrop_fast.ops._library import LIBRARY, REFERENCE
+from blockdrop_fast.ops._library import LIBRARY, define
 
 KERNEL_SIZES = (1, 3)
 STRIDES = (1, 2)
-
-LIBRARY.define(
-    "gathered_conv_(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, Tensor active, "
-    "Tensor count, int kernel_size, int stride, bool gather, bool scatter) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def gathered_conv_(
@@ -112,6 +106,13 @@ def gathered_conv_reference_(
 
 def check(out, x, weight, bias, active, count, kernel_size, stride, *_) -> None:
     """Raise what ``gathered_conv_`` promises to, as far as it is known without the values."""
+    _check_layouts(out, x, weight, bias, active, count, kernel_size, stride)
+    if _overlap(x, out):
+        raise ValueError("x: expected other memory than out's, got tensors that overlap")
+
+
+def _check_layouts(out, x, weight, bias, active, count, kernel_size, stride, *_) -> None:
+    """``check`` without looking at where memory is, which tensors that are traced have none of."""
     if kernel_size not in KERNEL_SIZES:
         raise ValueError(f"kernel_size: expected 1 or 3, got {kernel_size}")
     if stride not in STRIDES:
@@ -145,8 +146,6 @@ def check(out, x, weight, bias, active, count, kernel_size, stride, *_) -> None:
     for name, tensor in (("bias", bias), ("active", active)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected contiguous memory, got strides {tensor.stride()}")
-    if _overlap(x, out):
-        raise ValueError("x: expected other memory than out's, got tensors that overlap")
 
 
 def _check_tensor(
@@ -206,6 +205,17 @@ def _gathered_conv_cuda(*arguments) -> None:
     launch_gathered_conv(*arguments)
 
 
-LIBRARY.impl("gathered_conv_", gathered_conv_reference_, REFERENCE)
+def _refuse_negated(*_) -> None:
+    """PyTorch's own handling of lazy negation needs an output that is returned."""
+    raise ValueError("out: expected no lazily negated tensors, see torch.Tensor.resolve_neg")
+
+
+define(
+    "gathered_conv_(Tensor(a!) out, Tensor x, Tensor weight, Tensor bias, Tensor active, "
+    "Tensor count, int kernel_size, int stride, bool gather, bool scatter) -> ()",
+    gathered_conv_reference_,
+    lambda *_: None,
+    _check_layouts,
+)
 LIBRARY.impl("gathered_conv_", _gathered_conv_cuda, "CUDA")
-torch.library.register_fake("blockdrop_fast::gathered_conv_", lambda *_: None, lib=LIBRARY)
+LIBRARY.impl("gathered_conv_", _refuse_negated, "Negative")

@@ -8,12 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blockdrop_fast.ops._library import LIBRARY, REFERENCE
-
-LIBRARY.define(
-    "plan(Tensor decisions) -> (Tensor indices, Tensor counts, Tensor order)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from blockdrop_fast.ops._library import define
 
 
 def plan(decisions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,5 +66,9 @@ def _check(decisions: Tensor) -> None:
         raise ValueError(f"decisions: expected shape (B, K), got {tuple(decisions.shape)}")
 
 
-LIBRARY.impl("plan", plan_reference, REFERENCE)
-torch.library.register_fake("blockdrop_fast::plan", _plan_fake, lib=LIBRARY)
+define(
+    "plan(Tensor decisions) -> (Tensor indices, Tensor counts, Tensor order)",
+    plan_reference,
+    _plan_fake,
+    _check,
+)

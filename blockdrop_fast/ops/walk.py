@@ -140,8 +140,7 @@ def walk_reference(
     subsample: bool,
 ) -> Tensor:
     """What ``walk`` computes, in PyTorch operations; of any floating-point dtype, on any device."""
-    check(images, weights, layers, num_classes)
-    check_decisions(decisions, len(images), sum(layers))
+    _check_walk(images, decisions, weights, layers, num_classes)
     return run_network(
         images, decisions, list(unpack(weights, layers, num_classes)), layers, subsample
     )
@@ -149,6 +148,7 @@ def walk_reference(
 
 def walk_policy_reference(images: Tensor, *networks) -> tuple[Tensor, Tensor, Tensor]:
     """What ``walk_policy`` computes, in PyTorch operations."""
+    _check_policy(images, *networks)
     return run_policy(walk_reference, images, *networks)
 
 
@@ -183,17 +183,37 @@ def unpack_layers(
     yield packed[1:].t(), packed[0]
 
 
-def check(images: Tensor, weights: Tensor, layers: Sequence[int], num_classes: int) -> None:
-    """Raise TypeError or ValueError unless ``walk`` takes these."""
+def check(
+    images: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    name: str = "weights",
+) -> None:
+    """Raise TypeError or ValueError unless ``walk`` takes these; ``name`` is the weights'."""
     if images.dtype != weights.dtype:
-        raise TypeError(f"images: expected dtype {weights.dtype}, got {images.dtype}")
+        raise TypeError(f"images: expected dtype {weights.dtype} as {name}, got {images.dtype}")
+    if not images.is_floating_point():
+        raise TypeError(f"images: expected a floating-point dtype, got {images.dtype}")
     check_network(images, layers, num_classes)
     if any(size == 0 or size % SIZE_MULTIPLE for size in images.shape[2:]):
         raise ValueError(
             "images: height and width must be positive multiples of 4, got "
             f"{images.shape[2]}x{images.shape[3]}"
         )
-    check_length("weights", weights, packed_size(conv_shapes(layers), num_classes), "packed values")
+    check_length(name, weights, packed_size(conv_shapes(layers), num_classes), "packed values")
 
 
-define_walk("walk", walk_reference, walk_policy_reference)
+def _check_walk(images: Tensor, decisions: Tensor, weights: Tensor, layers, num_classes, *_):
+    check(images, weights, layers, num_classes)
+    check_decisions(decisions, images.shape[0], sum(layers))
+
+
+def _check_policy(
+    images: Tensor, weights, layers, num_classes, _subsample, policy_weights, policy_layers
+):
+    check(images, weights, layers, num_classes)
+    check(images, policy_weights, policy_layers, sum(layers), "policy_weights")
+
+
+define_walk("walk", (walk_reference, walk_policy_reference), (_check_walk, _check_policy))

@@ -12,14 +12,14 @@ averaged over pixels, that the gate looks at (zeros beyond their number).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockdrop_fast.ops._library import LIBRARY, REFERENCE
+from blockdrop_fast.ops._library import define
 from blockdrop_fast.ops.walk import (
     CLASS_MULTIPLE,
     check,
@@ -260,8 +260,8 @@ def walk_sequential_reference(
     gates: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What ``walk_sequential`` computes, in PyTorch operations; any floating-point dtype."""
+    _check_sequential(images, weights, layers, num_classes, subsample, gates)
     network = _network(images, weights, layers, num_classes, subsample)
-    _check_matrix("gates", gates, weights.dtype, network.num_blocks, GATE_VALUES)
     x, decisions = network.stem(images), []
     for block, gate in enumerate(gates):
         keep = _gate_logit(gate, network.pooled(x)) >= 0
@@ -281,10 +281,8 @@ def walk_halting_reference(
     hard: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``walk_halting`` computes, in PyTorch operations; any floating-point dtype."""
+    _check_halting(images, weights, layers, num_classes, subsample, gates, epsilon)
     network = _network(images, weights, layers, num_classes, subsample)
-    _check_matrix("gates", gates, weights.dtype, network.num_blocks, GATE_VALUES)
-    if not 0 < epsilon < 1:
-        raise ValueError(f"epsilon: expected between 0 and 1, got {epsilon}")
     x, decisions, shares, block = network.stem(images), [], [], 0
     for num_blocks in network.layers:
         running = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -316,9 +314,8 @@ def walk_weighted_reference(
     subsample: bool,
 ) -> Tensor:
     """What ``walk_weighted`` computes, in PyTorch operations; any floating-point dtype."""
+    _check_weighted(images, decisions, shares, weights, layers, num_classes)
     network = _network(images, weights, layers, num_classes, subsample)
-    _check_decisions(decisions, images, network.num_blocks)
-    _check_matrix("shares", shares, weights.dtype, len(images), network.num_blocks)
     x, block = network.stem(images), 0
     for num_blocks in network.layers:
         given: Tensor | float = 0.0
@@ -343,19 +340,11 @@ def walk_exits_reference(
     decisions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What ``walk_exits`` computes, in PyTorch operations; any floating-point dtype."""
+    _check_exits(images, weights, layers, num_classes, subsample, after, heads, rules, decisions)
     network = _network(images, weights, layers, num_classes, subsample)
     num_blocks = network.num_blocks
-    ends = [*after, num_blocks]
-    if ends != sorted({*ends}) or ends[0] < 1:
-        raise ValueError(
-            f"after: expected ascending blocks out of 1 to {num_blocks - 1}, got {list(after)}"
-        )
-    padded_classes = num_classes + -num_classes % CLASS_MULTIPLE
-    _check_matrix("heads", heads, weights.dtype, len(after), GATE_VALUES * padded_classes)
-    _check_matrix("rules", rules, weights.dtype, len(after), RULE_VALUES)
     if decisions is not None:
-        _check_decisions(decisions, images, num_blocks)
-        _check_prefixes(decisions, ends)
+        _check_prefixes(decisions, [*after, num_blocks])
     x, kept, logits = network.stem(images), [], None
     going = torch.ones(len(images), dtype=torch.bool, device=images.device)
     keep_all = going
@@ -389,8 +378,10 @@ def walk_look_reference(
     costs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``walk_look`` computes, in PyTorch operations; any floating-point dtype."""
+    _check_look(images, weights, layers, num_classes, subsample, after, head, outputs, sets, costs)
+    if sets is not None and not sets[:, :after].all():
+        raise ValueError(f"sets: expected blocks 1 to {after} in each, which run before")
     network = _network(images, weights, layers, num_classes, subsample)
-    _check_look(images, network, after, head, outputs, sets, costs)
     x = network.stem(images)
     always = torch.ones(len(images), dtype=torch.bool, device=images.device)
     for block in range(after):
@@ -432,9 +423,96 @@ def _where(images: Tensor, one: Tensor, other: Tensor | float) -> Tensor:
 def _network(
     images: Tensor, weights: Tensor, layers: Sequence[int], num_classes: int, subsample: bool
 ) -> ReferenceNetwork:
-    check(images, weights, layers, num_classes)
     parameters = list(unpack(weights, layers, num_classes))
     return ReferenceNetwork(parameters, layers, subsample, images.dtype)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_sequential(images: Tensor, weights: Tensor, layers, num_classes, _, gates: Tensor):
+    check(images, weights, layers, num_classes)
+    _check_matrix("gates", gates, weights.dtype, sum(layers), GATE_VALUES)
+
+
+def _check_halting(images: Tensor, weights, layers, num_classes, _, gates, epsilon: float, *__):
+    _check_sequential(images, weights, layers, num_classes, _, gates)
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon: expected between 0 and 1, got {epsilon}")
+
+
+def _check_weighted(
+    images: Tensor, decisions: Tensor, shares: Tensor, weights: Tensor, layers, num_classes, *_
+):
+    check(images, weights, layers, num_classes)
+    _check_decisions(decisions, images, sum(layers))
+    _check_matrix("shares", shares, weights.dtype, images.shape[0], sum(layers))
+
+
+def _check_exits(
+    images: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    _subsample: bool,
+    after: Sequence[int],
+    heads: Tensor,
+    rules: Tensor,
+    decisions: Tensor | None = None,
+) -> None:
+    check(images, weights, layers, num_classes)
+    num_blocks = sum(layers)
+    ends = [*after, num_blocks]
+    if ends != sorted({*ends}) or ends[0] < 1:
+        raise ValueError(
+            f"after: expected ascending blocks out of 1 to {num_blocks - 1}, got {list(after)}"
+        )
+    padded_classes = num_classes + -num_classes % CLASS_MULTIPLE
+    _check_matrix("heads", heads, weights.dtype, len(after), GATE_VALUES * padded_classes)
+    _check_matrix("rules", rules, weights.dtype, len(after), RULE_VALUES)
+    if decisions is not None:
+        _check_decisions(decisions, images, num_blocks)
+
+
+def _check_look(
+    images: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    _subsample: bool,
+    after: int,
+    head: Tensor,
+    outputs: int,
+    sets: Tensor | None = None,
+    costs: Tensor | None = None,
+) -> None:
+    check(images, weights, layers, num_classes)
+    num_blocks, dtype = sum(layers), weights.dtype
+    if sets is not None and sets.ndim != 2:
+        raise ValueError(f"sets: expected shape (M, {num_blocks}), got {tuple(sets.shape)}")
+    if outputs != (num_blocks if sets is None else sets.shape[0]) or outputs < 1:
+        raise ValueError(
+            f"outputs: expected one of each set, or of each of {num_blocks} blocks, got {outputs}"
+        )
+    if not 1 <= after <= layers[0]:
+        raise ValueError(
+            f"after: expected a block of the first segment, 1 to {layers[0]}, got {after}"
+        )
+    height, width = images.shape[2:]
+    if not look_serves(height, width):
+        raise ValueError(
+            f"images: expected height and width up to 16, or 32, for the head, got {height}x{width}"
+        )
+    if head.dtype != dtype:
+        raise TypeError(f"head: expected dtype {dtype}, got {head.dtype}")
+    check_length("head", head, packed_size(LOOK_CONVS, outputs), "packed values")
+    if sets is None:
+        return
+    _check_matrix("sets", sets, torch.bool, outputs, num_blocks)
+    if costs is None or costs.shape != (outputs,):
+        raise ValueError(f"costs: expected one of each of {outputs} sets")
+    if costs.dtype != dtype:
+        raise TypeError(f"costs: expected dtype {dtype}, got {costs.dtype}")
 
 
 def _check_matrix(name: str, matrix: Tensor, dtype: torch.dtype, rows: int, columns: int) -> None:
@@ -447,7 +525,7 @@ def _check_matrix(name: str, matrix: Tensor, dtype: torch.dtype, rows: int, colu
 def _check_decisions(decisions: Tensor, images: Tensor, num_blocks: int) -> None:
     if decisions.ndim != 2:
         raise ValueError(f"decisions: expected shape (B, K), got {tuple(decisions.shape)}")
-    check_decisions(decisions, len(images), num_blocks)
+    check_decisions(decisions, images.shape[0], num_blocks)
 
 
 def _check_prefixes(decisions: Tensor, ends: Sequence[int]) -> None:
@@ -460,59 +538,12 @@ def _check_prefixes(decisions: Tensor, ends: Sequence[int]) -> None:
         )
 
 
-def _check_look(
-    images: Tensor,
-    network: ReferenceNetwork,
-    after: int,
-    head: Tensor,
-    outputs: int,
-    sets: Tensor | None,
-    costs: Tensor | None,
-) -> None:
-    num_blocks, dtype = network.num_blocks, network.exact
-    if outputs != (num_blocks if sets is None else len(sets)) or outputs < 1:
-        raise ValueError(
-            f"outputs: expected one of each set, or of each of {num_blocks} blocks, got {outputs}"
-        )
-    if not 1 <= after <= network.layers[0]:
-        raise ValueError(
-            f"after: expected a block of the first segment, 1 to {network.layers[0]}, got {after}"
-        )
-    height, width = images.shape[2:]
-    if not look_serves(height, width):
-        raise ValueError(
-            f"images: expected height and width up to 16, or 32, for the head, got {height}x{width}"
-        )
-    if head.dtype != dtype:
-        raise TypeError(f"head: expected dtype {dtype}, got {head.dtype}")
-    check_length("head", head, packed_size(LOOK_CONVS, outputs), "packed values")
-    if sets is None:
-        return
-    if sets.dtype != torch.bool:
-        raise TypeError(f"sets: expected dtype torch.bool, got {sets.dtype}")
-    if sets.shape != (outputs, num_blocks):
-        raise ValueError(f"sets: expected shape ({outputs}, {num_blocks}), got {tuple(sets.shape)}")
-    if costs is None or costs.shape != (outputs,):
-        raise ValueError(f"costs: expected one of each of {outputs} sets")
-    if costs.dtype != dtype:
-        raise TypeError(f"costs: expected dtype {dtype}, got {costs.dtype}")
-    if not sets[:, :after].all():
-        raise ValueError(f"sets: expected blocks 1 to {after} in each, which run before")
-
-
 # ---------------------------------------------------------------- schemas
 
 
-def _define(schema: str, reference: Callable, fake: Callable) -> None:
-    name = schema.split("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, REFERENCE)
-    torch.library.register_fake(f"blockdrop_fast::{name}", fake, lib=LIBRARY)
-
-
 def _fake(images: Tensor, _weights, layers, num_classes: int, *_) -> tuple[Tensor, Tensor]:
-    decisions = images.new_empty((len(images), sum(layers)), dtype=torch.bool)
-    return new_logits(images, (len(images), num_classes)), decisions
+    decisions = images.new_empty((images.shape[0], sum(layers)), dtype=torch.bool)
+    return new_logits(images, (images.shape[0], num_classes)), decisions
 
 
 def _halting_fake(images: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -524,38 +555,43 @@ def _look_fake(
     images: Tensor, weights, layers, num_classes: int, subsample, after, head, outputs: int, *_
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits, decisions = _fake(images, weights, layers, num_classes)
-    return logits, decisions, new_logits(images, (len(images), outputs))
+    return logits, decisions, new_logits(images, (images.shape[0], outputs))
 
 
 def _weighted_fake(images: Tensor, _decisions, _shares, *network) -> Tensor:
     return _fake(images, *network)[0]
 
 
-_define(
+define(
     f"walk_sequential(Tensor images, {NETWORK}, Tensor gates) -> (Tensor logits, Tensor decisions)",
     walk_sequential_reference,
     _fake,
+    _check_sequential,
 )
-_define(
+define(
     f"walk_halting(Tensor images, {NETWORK}, Tensor gates, float epsilon, bool hard)"
     " -> (Tensor logits, Tensor decisions, Tensor shares)",
     walk_halting_reference,
     _halting_fake,
+    _check_halting,
 )
-_define(
+define(
     f"walk_weighted(Tensor images, Tensor decisions, Tensor shares, {NETWORK}) -> Tensor",
     walk_weighted_reference,
     _weighted_fake,
+    _check_weighted,
 )
-_define(
+define(
     f"walk_exits(Tensor images, {NETWORK}, int[] after, Tensor heads, Tensor rules, "
     "Tensor? decisions=None) -> (Tensor logits, Tensor decisions)",
     walk_exits_reference,
     _fake,
+    _check_exits,
 )
-_define(
+define(
     f"walk_look(Tensor images, {NETWORK}, int after, Tensor head, int outputs, Tensor? sets=None, "
     "Tensor? costs=None) -> (Tensor logits, Tensor decisions, Tensor look_logits)",
     walk_look_reference,
     _look_fake,
+    _check_look,
 )

@@ -128,13 +128,14 @@ def walk_half_reference(
     order: Tensor | None = None,
 ) -> Tensor:
     """What ``walk_half`` computes, in PyTorch operations, on any device."""
-    _check(images, decisions, weights, layers, num_classes, order)
+    _check_walk(images, decisions, weights, layers, num_classes, subsample, order)
     parameters = list(_unpack(weights, layers, num_classes, images.dtype))
     return run_network(images, decisions, parameters, layers, subsample)
 
 
 def walk_half_policy_reference(images: Tensor, *networks) -> tuple[Tensor, Tensor, Tensor]:
     """What ``walk_half_policy`` computes, in PyTorch operations."""
+    _check_policy(images, *networks)
     return run_policy(walk_half_reference, images, *networks)
 
 
@@ -146,6 +147,7 @@ def _unpack(
     weights: Tensor, layers: Sequence[int], num_classes: int, dtype: torch.dtype
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(weight, bias) in float32 of each convolution in order, and of the classifier."""
+    weights = weights.clone()  # to where memory can be seen as float32
     offset = 0
     for c_in, c_out in conv_shapes(layers):
         num_slices = -(-c_in // TILE)
@@ -158,29 +160,34 @@ def _unpack(
         parts = fragments.view(num_slices, c_out // TILE, 9, 8, 4, 2, 2, 2)
         weight = parts.permute(1, 6, 3, 0, 5, 4, 7, 2).reshape(c_out, num_slices * TILE, 3, 3)
         yield weight[:, :c_in], bias
-    classifier = weights[offset:].clone().view(torch.float32).view(1 + WIDTHS[-1], num_classes)
+    classifier = weights[offset:].view(torch.float32).view(1 + WIDTHS[-1], num_classes)
     yield classifier[1:].t(), classifier[0]
 
 
-def _check(
-    images: Tensor,
-    decisions: Tensor,
-    weights: Tensor,
-    layers: Sequence[int],
-    num_classes: int,
-    order: Tensor | None,
-) -> None:
+def _check(images: Tensor, weights: Tensor, layers, num_classes: int, name: str = "weights"):
     if images.dtype not in DTYPES:
         raise TypeError(
             f"images: expected dtype torch.bfloat16 or torch.float16, got {images.dtype}"
         )
     check_network(images, layers, num_classes)
-    check_decisions(decisions, len(images), sum(layers))
     if images.shape[2:] != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"images: expected shape (B, 3, 32, 32), got {tuple(images.shape)}")
     if weights.dtype != torch.uint8:
-        raise TypeError(f"weights: expected dtype torch.uint8, got {weights.dtype}")
-    check_length("weights", weights, packed_bytes(layers, num_classes), "packed bytes")
+        raise TypeError(f"{name}: expected dtype torch.uint8, got {weights.dtype}")
+    check_length(name, weights, packed_bytes(layers, num_classes), "packed bytes")
+
+
+def _check_walk(
+    images: Tensor,
+    decisions: Tensor,
+    weights: Tensor,
+    layers: Sequence[int],
+    num_classes: int,
+    _subsample: bool,
+    order: Tensor | None = None,
+) -> None:
+    _check(images, weights, layers, num_classes)
+    check_decisions(decisions, images.shape[0], sum(layers))
     if order is None:
         return
     if order.dtype != torch.int32:
@@ -188,4 +195,16 @@ def _check(
     check_length("order", order, decisions.shape[:-1].numel())
 
 
-define_walk("walk_half", walk_half_reference, walk_half_policy_reference, ", Tensor? order=None")
+def _check_policy(
+    images: Tensor, weights, layers, num_classes, _subsample, policy_weights, policy_layers
+):
+    _check(images, weights, layers, num_classes)
+    _check(images, policy_weights, policy_layers, sum(layers), "policy_weights")
+
+
+define_walk(
+    "walk_half",
+    (walk_half_reference, walk_half_policy_reference),
+    (_check_walk, _check_policy),
+    ", Tensor? order=None",
+)

@@ -17,6 +17,8 @@ the weights, with channels in and out filled up with zeros to multiples of 32:
   for each 512 output channels, for each tap, for each 256 input channels
   (C_out of the block / 32, C_in of the block, 32).
 
+The last value is the network's ``signature``: other networks have weights as long as these, too.
+
 Winograd's form is faster, and takes 16 values for 9. It is used in the first ``winograd`` segments.
 """
 
@@ -30,13 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockdrop_fast.ops._library import LIBRARY, REFERENCE
-from blockdrop_fast.ops.walk_network import check_length
+from blockdrop_fast.ops._library import define
+from blockdrop_fast.ops.walk_network import check_decisions, check_length
 
 STEM_CHANNELS = 64
 PANEL = 32
 BLOCK_IN = 256
 BLOCK_OUT = 512
+SIGNATURES = 16_777_213  # the largest prime below 2^24
 # G of F(2x2, 3x3) in Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 4.1.
 _WINOGRAD_WEIGHTS = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _FROM_WINOGRAD = ((1, 0, 0, 0), (0, 1, -1, 0), (0, 0, 0, 1))  # times G: the identity
@@ -217,6 +220,21 @@ def conv_shapes(
     yield ConvShape(channels[-1], num_classes, 1)
 
 
+def signature(
+    bottleneck: bool,
+    layers: Sequence[int],
+    channels: Sequence[int],
+    widths: Sequence[int],
+    num_classes: int,
+    winograd: int,
+) -> int:
+    """A hash of a network's description that float32 holds; arguments as of ``walk_imagenet``."""
+    value = 0
+    for one in (bottleneck, num_classes, min(winograd, len(layers)), *layers, *channels, *widths):
+        value = (value * 1_000_003 + one) % SIGNATURES
+    return value
+
+
 def pack_conv(weight: Tensor, bias: Tensor, shape: ConvShape, out: Tensor) -> None:
     """Write a convolution to ``out`` as the kernels read it.
 
@@ -275,16 +293,8 @@ def _round_up(channels: int) -> int:
 
 def walk_imagenet_reference(images: Tensor, decisions: Tensor, weights: Tensor, *network) -> Tensor:
     """What ``walk_imagenet`` computes, in PyTorch; of any floating-point dtype, on any device."""
-    _check_images(images, weights)
-    parameters = _read_network("weights", weights, *network)
-    num_blocks = sum(network[1])
-    if decisions.dtype != torch.bool:
-        raise TypeError(f"decisions: expected dtype torch.bool, got {decisions.dtype}")
-    if decisions.ndim not in (2, 3) or decisions.shape[-2:] != (len(images), num_blocks):
-        raise ValueError(
-            f"decisions: expected shape (B, K) or (S, B, K) with B = {len(images)} and "
-            f"K = {num_blocks}, got {tuple(decisions.shape)}"
-        )
+    _check_walk(images, decisions, weights, *network)
+    parameters = _unpack("weights", weights, *network)
     if decisions.ndim == 2:
         return _run_network(images, decisions, parameters, *network)
     logits = [_run_network(images, one, parameters, *network) for one in decisions]
@@ -293,18 +303,11 @@ def walk_imagenet_reference(images: Tensor, decisions: Tensor, weights: Tensor, 
 
 def walk_imagenet_policy_reference(images: Tensor, *networks) -> tuple[Tensor, Tensor, Tensor]:
     """What ``walk_imagenet_policy`` computes, in PyTorch operations."""
-    network, policy, pool = networks[:7], networks[7:13], networks[13]
-    _check_images(images, policy[0])
-    if not 1 <= pool <= min(images.shape[2:]):
-        raise ValueError(
-            f"pool: expected 1 to the images' size, got {pool} for "
-            f"{images.shape[2]}x{images.shape[3]}"
-        )
-    num_blocks = sum(network[2])
-    policy = (*policy[1:5], num_blocks, policy[5])
-    parameters = _read_network("policy_weights", networks[7], *policy)
+    _check_policy(images, *networks)
+    network, policy, pool = _split(networks)
+    parameters = _unpack("policy_weights", *policy)
     pooled = F.avg_pool2d(images, pool)
-    policy_logits = _run_network(pooled, None, parameters, *policy)
+    policy_logits = _run_network(pooled, None, parameters, *policy[1:])
     decisions = policy_logits >= 0
     return walk_imagenet_reference(images, decisions, *network), decisions, policy_logits
 
@@ -341,7 +344,44 @@ def _run_network(
     return F.linear(x.mean((2, 3)), weight[:, :, 0, 0], bias)
 
 
-def _read_network(
+def _unpack(name: str, weights: Tensor, *network) -> list[tuple[Tensor, Tensor]]:
+    """(weight, bias) of each convolution in order."""
+    if weights[-1] != weights.new_tensor(signature(*network)):
+        raise ValueError(f"{name}: packed for another network than the arguments say")
+    shapes = list(conv_shapes(*network))
+    parts = weights[:-1].split([shape.packed_size() for shape in shapes])
+    return [unpack_conv(one, shape) for one, shape in zip(parts, shapes, strict=True)]
+
+
+def _split(networks: tuple) -> tuple[tuple, tuple, int]:
+    """Arguments of ``walk_imagenet_policy`` -> both networks as of ``walk_imagenet``, ``pool``."""
+    *policy, winograd, pool = networks[7:]
+    return networks[:7], (*policy, sum(networks[2]), winograd), pool
+
+
+# ------------------------------------------------------------------ checks
+
+
+def _check_walk(images: Tensor, decisions: Tensor, weights: Tensor, *network) -> None:
+    _check_images(images, weights)
+    _check_network("weights", weights, *network)
+    check_decisions(decisions, images.shape[0], sum(network[1]))
+
+
+def _check_policy(images: Tensor, *networks) -> None:
+    network, policy, pool = _split(networks)
+    _check_images(images, network[0])
+    _check_network("weights", *network)
+    _check_images(images, policy[0], "policy_weights")
+    _check_network("policy_weights", *policy)
+    if not 1 <= pool <= min(images.shape[2:]):
+        raise ValueError(
+            f"pool: expected 1 to the images' size, got {pool} for "
+            f"{images.shape[2]}x{images.shape[3]}"
+        )
+
+
+def _check_network(
     name: str,
     weights: Tensor,
     bottleneck: bool,
@@ -350,8 +390,7 @@ def _read_network(
     widths: Sequence[int],
     num_classes: int,
     winograd: int,
-) -> list[tuple[Tensor, Tensor]]:
-    """(weight, bias) of each convolution in order."""
+) -> None:
     if not layers:
         raise ValueError("layers: expected at least one segment, got none")
     for argument, values, count, each in (
@@ -368,17 +407,16 @@ def _read_network(
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     if winograd < 0:
         raise ValueError(f"winograd: expected at least 0 segments, got {winograd}")
-    shapes = list(conv_shapes(bottleneck, layers, channels, widths, num_classes, winograd))
-    sizes = [shape.packed_size() for shape in shapes]
-    check_length(name, weights, sum(sizes), "packed values")
-    return [
-        unpack_conv(one, shape) for one, shape in zip(weights.split(sizes), shapes, strict=True)
-    ]
+    shapes = conv_shapes(bottleneck, layers, channels, widths, num_classes, winograd)
+    length = sum(shape.packed_size() for shape in shapes) + 1
+    check_length(name, weights, length, "packed values")
 
 
-def _check_images(images: Tensor, weights: Tensor) -> None:
+def _check_images(images: Tensor, weights: Tensor, name: str = "weights") -> None:
     if images.dtype != weights.dtype:
-        raise TypeError(f"images: expected dtype {weights.dtype}, got {images.dtype}")
+        raise TypeError(f"images: expected dtype {weights.dtype} as {name}, got {images.dtype}")
+    if not images.is_floating_point():
+        raise TypeError(f"images: expected a floating-point dtype, got {images.dtype}")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
     if min(images.shape[2:]) < 1:
@@ -402,21 +440,16 @@ def _walk_imagenet_policy_fake(images: Tensor, *networks) -> tuple[Tensor, Tenso
 
 
 _BACKBONE, _POLICY = _NETWORK.format("", "int num_classes, "), _NETWORK.format("policy_", "")
-for _name, _schema, _reference, _fake in (
-    (
-        "walk_imagenet",
-        f"(Tensor images, Tensor decisions, {_BACKBONE}) -> Tensor",
-        walk_imagenet_reference,
-        _walk_imagenet_fake,
-    ),
-    (
-        "walk_imagenet_policy",
-        f"(Tensor images, {_BACKBONE}, {_POLICY}, int pool)"
-        " -> (Tensor logits, Tensor decisions, Tensor policy_logits)",
-        walk_imagenet_policy_reference,
-        _walk_imagenet_policy_fake,
-    ),
-):
-    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(_name, _reference, REFERENCE)
-    torch.library.register_fake(f"blockdrop_fast::{_name}", _fake, lib=LIBRARY)
+define(
+    f"walk_imagenet(Tensor images, Tensor decisions, {_BACKBONE}) -> Tensor",
+    walk_imagenet_reference,
+    _walk_imagenet_fake,
+    _check_walk,
+)
+define(
+    f"walk_imagenet_policy(Tensor images, {_BACKBONE}, {_POLICY}, int pool)"
+    " -> (Tensor logits, Tensor decisions, Tensor policy_logits)",
+    walk_imagenet_policy_reference,
+    _walk_imagenet_policy_fake,
+    _check_policy,
+)

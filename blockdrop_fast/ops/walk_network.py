@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockdrop_fast.ops._library import LIBRARY, REFERENCE
+from blockdrop_fast.ops._library import define
 
 WIDTHS = (16, 32, 64)
+MOST_BLOCKS = 2**16  # of a segment: more than any network has, few enough to be counted one by one
 IMAGE_CHANNELS = 3
 NETWORK = "Tensor weights, int[] layers, int num_classes, bool subsample"
 
@@ -155,7 +156,7 @@ def check_network(images: Tensor, layers: Sequence[int], num_classes: int) -> No
     """Raise ValueError unless these can be a walk's, of any size."""
     if images.ndim != 4 or images.shape[1] != IMAGE_CHANNELS:
         raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
-    if len(layers) != len(WIDTHS) or min(layers) < 1:
+    if len(layers) != len(WIDTHS) or not 1 <= min(layers) <= max(layers) <= MOST_BLOCKS:
         raise ValueError(f"layers: expected at least one block in 3 segments, got {list(layers)}")
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
@@ -181,22 +182,30 @@ def check_length(name: str, vector: Tensor, length: int, of: str = "values") -> 
 
 
 def define_walk(
-    name: str, reference: Callable, policy_reference: Callable, options: str = ""
+    name: str,
+    references: tuple[Callable, Callable],
+    checks: tuple[Callable, Callable],
+    options: str = "",
 ) -> None:
-    """Define the operators ``name`` and ``name_policy``, with references and shape functions."""
-    schemas = (
+    """Define the operators ``name`` and ``name_policy``.
+
+    Args:
+        references, checks: of both, see ``_library.define``.
+        options: further arguments of the first.
+    """
+    define(
         f"{name}(Tensor images, Tensor decisions, {NETWORK}{options}) -> Tensor",
+        references[0],
+        _walk_fake,
+        checks[0],
+    )
+    define(
         f"{name}_policy(Tensor images, {NETWORK}, Tensor policy_weights, int[] policy_layers)"
         " -> (Tensor logits, Tensor decisions, Tensor policy_logits)",
+        references[1],
+        _walk_policy_fake,
+        checks[1],
     )
-    for schema in schemas:
-        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for operator, kernel, fake in (
-        (name, reference, _walk_fake),
-        (f"{name}_policy", policy_reference, _walk_policy_fake),
-    ):
-        LIBRARY.impl(operator, kernel, REFERENCE)
-        torch.library.register_fake(f"blockdrop_fast::{operator}", fake, lib=LIBRARY)
 
 
 def _walk_fake(images: Tensor, decisions: Tensor, _weights, _layers, num_classes, *_) -> Tensor:

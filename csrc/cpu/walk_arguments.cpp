@@ -19,7 +19,7 @@ Network read_network(const char* name, const at::Tensor& weights, at::IntArrayRe
                      int64_t num_classes, bool subsample) {
   TORCH_CHECK_TYPE(weights.scalar_type() == at::kFloat, name,
                    ": expected dtype torch.float32, got ", weights.scalar_type());
-  check_network(weights, layers, num_classes);
+  check_network(layers, num_classes);
   Network network;
   network.subsample = subsample;
   network.num_blocks = 0;
@@ -60,8 +60,9 @@ Images read_images(const at::Tensor& images, int64_t multiple) {
                     "images: height and width must be positive",
                     multiple > 1 ? " multiples of " + std::to_string(multiple) : "", ", got ",
                     height, "x", width);
+  constexpr int64_t kMostPixels = std::numeric_limits<int>::max() / kWidths[kSegments - 1];
   TORCH_CHECK_VALUE(
-      (height + 2) * (width + 2) * kWidths[kSegments - 1] <= std::numeric_limits<int>::max(),
+      height <= kMostPixels && width <= kMostPixels && (height + 2) * (width + 2) <= kMostPixels,
       "images: too large for this kernel, got ", height, "x", width);
   TORCH_CHECK_VALUE(images.size(0) <= std::numeric_limits<int>::max(),
                     "images: too many for this kernel, got ", images.size(0));

@@ -38,9 +38,9 @@ at::Tensor read_matrix(const char* name, const at::Tensor& matrix, int64_t rows,
 
 at::Tensor read_decisions(const at::Tensor& decisions, const Images& images,
                           const Network& network) {
+  check_decisions(decisions, images.batch, network.num_blocks);
   TORCH_CHECK_VALUE(decisions.dim() == 2, "decisions: expected shape (B, K), got ",
                     decisions.sizes());
-  check_decisions(decisions, images.batch, network.num_blocks);
   return decisions.clone(at::MemoryFormat::Contiguous);
 }
 
@@ -260,6 +260,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> walk_look(
     const std::optional<at::Tensor>& sets, const std::optional<at::Tensor>& costs) {
   const Network network = read_network("weights", weights, layers, num_classes, subsample);
   const Images batch = read_images(images, kSizeMultiple);
+  TORCH_CHECK_VALUE(!sets || sets->dim() == 2, "sets: expected shape (M, ", network.num_blocks,
+                    "), got ", sets->sizes());
   TORCH_CHECK_VALUE(sets ? outputs == sets->size(0) && outputs >= 1 : outputs == network.num_blocks,
                     "outputs: expected one of each set, or of each of ", network.num_blocks,
                     " blocks, got ", outputs);

@@ -26,7 +26,7 @@ Network checked_network(const char* name, const at::Tensor& weights, at::IntArra
                    weights.scalar_type());
   TORCH_CHECK_VALUE(weights.device() == images.device(), name, ": expected on ", images.device(),
                     ", got on ", weights.device());
-  check_network(weights, layers, num_classes);
+  check_network(layers, num_classes);
   TORCH_CHECK_VALUE(c10::sum_integers(layers) <= kMostBlocks, name, ": expected at most ",
                     kMostBlocks, " blocks, got ", c10::sum_integers(layers));
   const auto* data = weights.const_data_ptr<uint8_t>();

@@ -353,6 +353,8 @@ def test_reference_agrees_with_the_network(config, winograd):
     ({"layers": [2, 2]}, ValueError, "widths: expected a positive number for each of 4 blocks"),
     ({"widths": [16, 48, 20]}, ValueError, "weights: expected a vector of"),
     ({"widths": [16]}, ValueError, "widths: expected"),
+    ({"widths": [16, 17, 20]}, ValueError, "weights: packed for another network than"),
+    ({"layers": [1, 2], "widths": [16, 20, 16]}, ValueError, "weights: "),
     ({"channels": [64, -1]}, ValueError, "channels: expected"),
     ({"bottleneck": False}, ValueError, "weights: expected a vector of"),
     ({"num_classes": 0}, ValueError, "num_classes: expected at least 1"),
@@ -371,6 +373,7 @@ def test_bad_arguments(function, changes, error, message):
 ])  # fmt: skip
 @pytest.mark.parametrize(("changes", "message"), [
     ({"policy_weights": torch.zeros(7)}, "policy_weights: expected a vector of"),
+    ({"policy_channels": [32, 63]}, "policy_weights: packed for another network than"),
     ({"pool": 17}, "pool: expected 1 to the images' size, got 17"),
     ({"pool": 0}, "pool: expected 1 to the images' size, got 0"),
 ])  # fmt: skip
