@@ -70,7 +70,7 @@ sanitize: install ## run the C++ kernels' tests under AddressSanitizer and UBSan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
 	    $(BIN)/pytest tests/ops/test_plan.py tests/ops/test_walk.py tests/ops/test_walk_gates.py \
-	    tests/ops/test_walk_imagenet.py \
+	    tests/ops/test_walk_imagenet.py tests/ops/test_library.py \
 	    $(PYTEST_FLAGS)
 
 check-aarch64: install ## compile the C++ kernels for aarch64, and run the walk's in an emulator

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MOST_PIXELS = 2**30
+
 
 def check_tensor(name: str, tensor: Tensor, device: torch.device | None) -> None:
     """Raise unless an argument is a tensor that can be computed with on a device.
@@ -30,6 +32,13 @@ def check_tensor(name: str, tensor: Tensor, device: torch.device | None) -> None
     raise ValueError(f"{name}: expected on {device}, got on {tensor.device}")
 
 
+def check_values(name: str, tensor: Tensor) -> None:
+    """``check_tensor`` for one that is read at once, wherever it is: not on the meta device."""
+    check_tensor(name, tensor, None)
+    if tensor.is_meta:
+        raise TypeError(f"{name}: expected a tensor with values, got one on the meta device")
+
+
 def check_images(
     images: Tensor,
     *,
@@ -43,7 +52,8 @@ def check_images(
     Args:
         images: expected (B, channels, H, W), floating point, normalised; B may be 0.
         channels: number of input channels of the network.
-        size_multiple: H and W must be positive multiples of this.
+        size_multiple: H and W must be positive multiples of this; their product at most 2^30,
+            beyond which PyTorch's kernels count wrongly.
         dtype: the floating-point type of the network's weights.
         device: where the network is; None: wherever the images are.
 
@@ -54,7 +64,7 @@ def check_images(
             where that costs no device synchronisation, i.e. on the CPU.
     """
     check_tensor("images", images, device)
-    if images.dtype != dtype and not _autocasts(images.device.type):
+    if images.dtype != dtype and not _autocasts(images, dtype):
         raise TypeError(
             f"images: expected dtype {dtype} as the network's weights, got {images.dtype}"
         )
@@ -71,6 +81,8 @@ def check_images(
             f"images: height and width must be positive multiples of {size_multiple}, "
             f"got {height}x{width}"
         )
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"images: expected at most {MOST_PIXELS} pixels, got {height}x{width}")
     # Looking at the sum first is cheap: it is finite unless a value is not, or it overflows.
     if (
         images.device.type == "cpu"
@@ -79,6 +91,27 @@ def check_images(
         and not torch.isfinite(images).all()
     ):
         raise ValueError("images: contain NaN or infinite values")
+
+
+def check_features(features: Tensor, channels: int, weight: Tensor) -> None:
+    """Raise unless ``features`` are those of a network on the way.
+
+    Args:
+        features: expected (B, channels, H, W), not without pixels.
+        channels: C.
+        weight: one of the network's, for dtype and device.
+
+    Raises:
+        TypeError: see ``check_tensor``, or another dtype.
+        ValueError: wrong shape or device.
+    """
+    check_tensor("features", features, weight.device)
+    if features.dtype != weight.dtype and not _autocasts(features, weight.dtype):
+        raise TypeError(f"features: expected dtype {weight.dtype}, got {features.dtype}")
+    if features.ndim != 4 or features.shape[1] != channels or 0 in features.shape[2:]:
+        raise ValueError(
+            f"features: expected shape (B, {channels}, H, W), got {tuple(features.shape)}"
+        )
 
 
 def check_decisions(
@@ -117,7 +150,7 @@ def check_decisions(
     if decisions.dtype == torch.bool:
         return decisions
     keep = decisions != 0
-    if values and not torch.compiler.is_compiling():
+    if values and not decisions.is_meta and not torch.compiler.is_compiling():
         wrong = decisions[keep & (decisions != 1)]  # NaN compares unequal to both
         if wrong.numel():
             raise ValueError(f"decisions: expected only 0 and 1, got {wrong[0].item()}")
@@ -151,5 +184,9 @@ def check_weights(
         raise ValueError("weights: contain NaN or infinite values")
 
 
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def _autocasts(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether PyTorch now casts a tensor and weights of another dtype to one that both have."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return False
+    return {tensor.dtype, dtype} <= {torch.float32, torch.bfloat16, torch.float16}

@@ -34,7 +34,7 @@ def first_k(
         ValueError: an argument is out of range.
     """
     num_blocks = _check(keep, segments, batch)
-    row = torch.arange(num_blocks, device=device) < keep
+    row = torch.arange(num_blocks, device=_device(device)) < keep
     return row.repeat(batch, 1)
 
 
@@ -73,7 +73,7 @@ def random_k(
     )
     kept_blocks = draws.argsort(dim=1)[:, :keep]
     decisions = torch.zeros(draws.shape, dtype=torch.bool).scatter_(1, kept_blocks, True)
-    return (decisions if per_image else decisions.repeat(batch, 1)).to(device)
+    return (decisions if per_image else decisions.repeat(batch, 1)).to(_device(device))
 
 
 def distribute_k(
@@ -113,7 +113,14 @@ def distribute_k(
     row = torch.cat(
         [torch.arange(blocks) < count for blocks, count in zip(segments, kept, strict=True)]
     )
-    return row.to(device).repeat(batch, 1)
+    return row.to(_device(device)).repeat(batch, 1)
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected one of torch's, got {device!r}") from None
 
 
 def _check(keep: int, segments: Sequence[int], batch: int) -> int:

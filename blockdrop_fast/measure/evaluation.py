@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from blockdrop_fast.decisions import check_tensor
+from blockdrop_fast.decisions import check_values
 from blockdrop_fast.engine import Engine
 from blockdrop_fast.executors.cascade import CascadeEngine
 from blockdrop_fast.measure.routing import (
@@ -165,13 +165,15 @@ def evaluate(
         static_accuracies: (K+1,), of the static line on these images.
 
     Raises:
-        TypeError: images or labels that are no tensors of values.
+        TypeError: another engine, or images or labels that are no tensors of values.
         ValueError: no images, another number of labels, or such outside of the network's classes, a
             budget that the policy network cannot meet or beside ``decide``, ``decide`` where blocks
             alone do not say what is computed, ``shuffles`` below 0, or another number of static
             accuracies.
     """
     cascade = isinstance(engine, CascadeEngine)
+    if not cascade and not isinstance(engine, Engine):
+        raise TypeError(f"engine: expected one of compile, got {type(engine).__name__}")
     if decide is not None and (cascade or _has_exits(engine)):
         what = "a cascade" if cascade else "a model with exits"
         raise ValueError(f"decide: expected none, {what} says itself where an image leaves")
@@ -223,10 +225,10 @@ def evaluate(
 
 
 def _check_batch(images: Tensor, labels: Tensor, num_classes: int) -> None:
-    check_tensor("images", images, None)
-    check_tensor("labels", labels, None)
-    if labels.is_meta:
-        raise TypeError("labels: expected a tensor with values, got one on the meta device")
+    check_values("images", images)
+    check_values("labels", labels)
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
     if images.ndim == 0 or labels.shape != images.shape[:1]:
         raise ValueError(
             f"labels: expected one of each image, got {tuple(labels.shape)} for images "

@@ -25,11 +25,16 @@ class BlockDrop(nn.Module):
             (``SequentialPolicy``, ``HaltingPolicy``, ``Exits``).
 
     Raises:
+        TypeError: something else than a backbone and a policy.
         ValueError: the policy is one for another backbone.
     """
 
     def __init__(self, backbone: ResNet, policy: AnyPolicy):
         super().__init__()
+        if not isinstance(backbone, ResNet):
+            raise TypeError(f"backbone: expected a ResNet, got {type(backbone).__name__}")
+        if not isinstance(policy, AnyPolicy):
+            raise TypeError(f"policy: expected one of this package, got {type(policy).__name__}")
         if policy.num_blocks != backbone.num_blocks:
             raise ValueError(
                 f"policy: decides on {policy.num_blocks} blocks, "

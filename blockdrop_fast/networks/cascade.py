@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from blockdrop_fast.decisions import check_decisions
 from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.exits import NEVER, check_rules, leaves_by, threshold_rules
 from blockdrop_fast.networks.fixed import FixedPolicy
@@ -88,6 +89,12 @@ class Cascade(nn.Module):
     def replay(self, images: Tensor, output: Output) -> Tensor:
         """(B, 3, H, W) images -> (B, num_classes) of the last network of each image's decisions."""
         logits = torch.stack([_logits(network(images)) for network in self.networks])
+        check_decisions(
+            output.decisions,
+            batch=len(images),
+            num_blocks=len(self.networks),
+            device=images.device,
+        )
         return logits[output.decisions.sum(1) - 1, torch.arange(len(images))]
 
 

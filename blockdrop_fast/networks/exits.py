@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blockdrop_fast.decisions import check_decisions, check_values
 from blockdrop_fast.networks.gated import GatedPolicy, Output, pooled
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 
@@ -100,8 +101,14 @@ class Exits(GatedPolicy):
         Raises:
             ValueError: see ``exits_of``.
         """
-        left = self.exits_of(output.decisions)
-        return self.logits_of(backbone, images)[left, torch.arange(len(left))]
+        logits = self.logits_of(backbone, images)
+        decisions = check_decisions(
+            output.decisions,
+            batch=len(images),
+            num_blocks=self.num_blocks,
+            device=images.device,
+        )
+        return logits[self.exits_of(decisions), torch.arange(len(images))]
 
     def decisions_at(self, left: Tensor) -> Tensor:
         """(B,) exits, counted from 0, E for the network's end -> (B, K) bool decisions."""
@@ -152,7 +159,10 @@ def leaves_by(logits: Tensor, rule: Tensor) -> Tensor:
 
 
 def check_rules(rules: Tensor, count: int) -> None:
-    """Raise ValueError unless these are ``count`` rules."""
+    """Raise TypeError or ValueError unless these are ``count`` rules."""
+    check_values("rules", rules)
+    if rules.is_complex():
+        raise TypeError(f"rules: expected a floating-point dtype, got {rules.dtype}")
     if rules.shape != (count, NUM_FEATURES + 1) or not rules.isfinite().all():
         raise ValueError(
             f"rules: expected finite values of shape {(count, NUM_FEATURES + 1)}, got "

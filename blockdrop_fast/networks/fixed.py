@@ -42,7 +42,17 @@ class FixedPolicy(nn.Module):
         return len(self.keep)
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images -> (B, K): 1 for blocks that are kept, -1 for others."""
+        """(B, 3, H, W) images -> (B, K): 1 for blocks that are kept, -1 for others.
+
+        Raises:
+            TypeError, ValueError: see ``blockdrop_fast.decisions.check_tensor``, or images of
+                another shape or dtype.
+        """
+        check_tensor("images", images, self.keep.device)
+        if images.ndim != 4:
+            raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images: expected a floating-point dtype, got {images.dtype}")
         return (self.keep.to(images.dtype) * 2 - 1).expand(len(images), -1)
 
     def forward(self, images: Tensor) -> Tensor:

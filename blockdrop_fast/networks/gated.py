@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, active_block, masked_block
+from blockdrop_fast.networks.resnet import (
+    ResNet,
+    ResNetConfig,
+    active_block,
+    check_config,
+    masked_block,
+)
 
 
 class Output(NamedTuple):
@@ -41,6 +47,7 @@ class GatedPolicy(nn.Module, ABC):
 
     def __init__(self, backbone: ResNetConfig):
         super().__init__()
+        check_config("backbone", backbone)
         self.backbone = backbone
 
     @property

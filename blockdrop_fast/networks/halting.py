@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from blockdrop_fast.decisions import check_decisions, check_weights
 from blockdrop_fast.networks.gated import GatedPolicy, Output, block_runner, pooled
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig, masked_block
 
@@ -105,7 +106,8 @@ class HaltingPolicy(GatedPolicy):
                 weights.append(weight)
                 total = total + torch.where(running, score, 0)
                 running = running & ~halts
-            x = x + (mean - mean.detach()) if self.hard else mean
+            # 0 where a mean has overflowed that is not given.
+            x = x + (mean - mean.detach()).nan_to_num(0.0) if self.hard else mean
         return WeightedOutput(
             backbone.classifier(x), torch.stack(decisions, 1), torch.stack(weights, 1)
         )
@@ -131,8 +133,15 @@ def run_weighted(backbone: ResNet, images: Tensor, decisions: Tensor, weights: T
 
     Returns:
         (B, num_classes) logits.
+
+    Raises:
+        TypeError, ValueError: see ``blockdrop_fast.decisions``.
     """
     x, k = backbone.stem(images), 0
+    decisions = check_decisions(
+        decisions, batch=len(images), num_blocks=backbone.num_blocks, device=images.device
+    )
+    check_weights(weights, decisions=decisions, device=images.device)
     for segment, shortcut in zip(backbone.segments, backbone.shortcuts, strict=True):
         mean: Tensor | float = 0.0
         for index, block in enumerate(segment):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blockdrop_fast.decisions import check_features
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.policy import decisions_of, probabilities_of
-from blockdrop_fast.networks.resnet import ResNetConfig
+from blockdrop_fast.networks.resnet import ResNetConfig, check_config
 
 # Features are average-pooled to at most this height and width: a quarter of a CIFAR image's pixels.
 SIZE = 16
@@ -50,6 +51,9 @@ class LookPolicy(nn.Module):
         widths: tuple[int, ...] = WIDTHS,
     ):
         super().__init__()
+        check_config("backbone", backbone)
+        if menu is not None and not isinstance(menu, Menu):
+            raise TypeError(f"menu: expected a Menu, got {type(menu).__name__}")
         if not 1 <= after <= backbone.layers[0]:
             raise ValueError(
                 f"after: expected a block of the first segment, 1 to {backbone.layers[0]}, "
@@ -79,7 +83,11 @@ class LookPolicy(nn.Module):
         """(B, C, H, W) features after block ``after`` -> (B, K) logits of keeping each block.
 
         With a menu: (B, M) logits of being right with each of its sets.
+
+        Raises:
+            TypeError, ValueError: see ``blockdrop_fast.decisions.check_features``.
         """
+        check_features(features, self.channels, self.fc.weight)
         x = pooled(features)
         for conv, bn in zip(self.convs, self.bns, strict=True):
             x = F.relu(bn(conv(x)))

@@ -92,4 +92,4 @@ def _flops(conv: nn.Conv2d, mask: nn.Conv2d, wanted: Tensor) -> Tensor:
     """
     soft = wanted.double().clamp(min=0)
     pixels = ((wanted > 0) + (soft - soft.detach())).sum((1, 2, 3))
-    return 2 * (conv.weight.numel() * pixels + mask.weight.numel() * wanted[0].numel())
+    return 2 * (conv.weight.numel() * pixels + mask.weight.numel() * wanted.shape[1:].numel())

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from blockdrop_fast.decisions import check_values
+
 # ``Menu.calibrate`` tries prices between two others until their usages are so close in blocks, or
 # the prices are in probability: images that change their set at the same price do so together.
 USAGE_STEP = 0.05
@@ -34,12 +36,14 @@ class Menu(nn.Module):
             no such. These three are numbers on the host: a choice on a GPU does not wait.
 
     Raises:
+        TypeError: no dense tensor with values.
         ValueError: no such sets.
     """
 
     def __init__(self, sets: Tensor):
         super().__init__()
-        if sets.ndim != 2 or sets.dtype != torch.bool or len(sets) == 0:
+        check_values("sets", sets)
+        if sets.ndim != 2 or sets.dtype != torch.bool or not sets.numel():
             raise ValueError(
                 f"sets: expected shape (M, K) bool, got {tuple(sets.shape)} {sets.dtype}"
             )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blockdrop_fast.decisions import check_images
+from blockdrop_fast.decisions import check_images, check_tensor
 from blockdrop_fast.networks.menu import Menu
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 
@@ -24,6 +24,7 @@ class PolicyNetwork(nn.Module):
         after: 0, the block after which it looks: it looks at the image.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: a pooling below 1, or a menu of another number of sets.
     """
 
@@ -31,6 +32,12 @@ class PolicyNetwork(nn.Module):
 
     def __init__(self, network: ResNet, input_pool: int = 1, menu: Menu | None = None):
         super().__init__()
+        if not isinstance(network, ResNet):
+            raise TypeError(f"network: expected a ResNet, got {type(network).__name__}")
+        if not isinstance(input_pool, int):
+            raise TypeError(f"input_pool: expected an integer, got {input_pool!r}")
+        if menu is not None and not isinstance(menu, Menu):
+            raise TypeError(f"menu: expected a Menu, got {type(menu).__name__}")
         if input_pool < 1:
             raise ValueError(f"input_pool: expected at least 1, got {input_pool}")
         if menu is not None and len(menu.sets) != network.config.num_classes:
@@ -127,7 +134,16 @@ def threshold(logits: Tensor) -> Tensor:
 
 
 def decide(probabilities: Tensor) -> Tensor:
-    """``threshold`` for who has probabilities s only: keep where s >= 0.5."""
+    """``threshold`` for who has probabilities s only: keep where s >= 0.5.
+
+    Raises:
+        TypeError: no dense tensor of a floating-point dtype.
+    """
+    check_tensor("probabilities", probabilities, None)
+    if not probabilities.is_floating_point():
+        raise TypeError(
+            f"probabilities: expected a floating-point dtype, got {probabilities.dtype}"
+        )
     return probabilities >= 0.5
 
 

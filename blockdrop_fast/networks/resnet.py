@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blockdrop_fast.decisions import check_decisions, check_images
+from blockdrop_fast.decisions import check_decisions, check_features, check_images
 
 BlockKind = Literal["basic", "bottleneck"]
 StemKind = Literal["cifar", "imagenet"]
@@ -235,6 +235,12 @@ _SHORTCUTS = {
 }
 
 
+def check_config(name: str, config: ResNetConfig) -> None:
+    """Raise TypeError unless an argument is an architecture."""
+    if not isinstance(config, ResNetConfig):
+        raise TypeError(f"{name}: expected a ResNetConfig, got {type(config).__name__}")
+
+
 class ResNet(nn.Module):
     """A ResNet that runs, for each image, the residual blocks that its decisions keep.
 
@@ -249,6 +255,7 @@ class ResNet(nn.Module):
 
     def __init__(self, config: ResNetConfig):
         super().__init__()
+        check_config("config", config)
         self.config = config
         self.normalization = None
         imagenet = config.stem == "imagenet"
@@ -362,7 +369,11 @@ class ResNet(nn.Module):
 
         Returns:
             (B, C, H, W), for ``forward_from``.
+
+        Raises:
+            TypeError, ValueError: as of ``forward``, or there is no such block.
         """
+        self._check_after(after)
         return self._run(self.stem(images), range(after), None, False)
 
     def forward_from(
@@ -380,8 +391,17 @@ class ResNet(nn.Module):
             decisions, active_only: as of ``forward``; blocks 1 to ``after`` are kept.
 
         Raises:
-            ValueError: decisions that drop one of those.
+            TypeError, ValueError: no such features or block, see ``check_decisions``, or decisions
+                that drop one of those.
         """
+        self._check_after(after)
+        check_features(
+            features,
+            self.config.block_channels[after][0]
+            if after < self.num_blocks
+            else self.fc.in_features,
+            self.fc.weight,
+        )
         decisions = self._check_decisions(features, decisions)
         if decisions is not None and not decisions[:, :after].all():
             raise ValueError(f"decisions: expected blocks 1 to {after} kept, they have run")
@@ -399,6 +419,10 @@ class ResNet(nn.Module):
             else:
                 x = run(block, shortcut, x, decisions[:, k])
         return x
+
+    def _check_after(self, after: int) -> None:
+        if not 0 <= after <= self.num_blocks:
+            raise ValueError(f"after: expected from 0 to {self.num_blocks}, got {after}")
 
     def _check_images(self, images: Tensor) -> None:
         check_images(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockdrop_fast.decisions import check_tensor
 from blockdrop_fast.ops._library import LIBRARY, define
 
 KERNEL_SIZES = (1, 3)
@@ -65,8 +66,15 @@ def gathered_conv_(
 
 
 def pack_conv(weight: Tensor) -> Tensor:
-    """(C_out, C_in, k, k) weight -> (k² · C_in, C_out), rows by tap, then by input channel."""
-    return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0]).contiguous()
+    """(C_out, C_in, k, k) weight -> (k² · C_in, C_out), rows by tap, then by input channel.
+
+    Raises:
+        TypeError, ValueError: no such weight.
+    """
+    check_tensor("weight", weight, None)
+    if weight.ndim != 4:
+        raise ValueError(f"weight: expected shape (C_out, C_in, k, k), got {tuple(weight.shape)}")
+    return weight.permute(2, 3, 1, 0).reshape(weight.shape[1:].numel(), len(weight)).contiguous()
 
 
 def unpack_conv(packed: Tensor, kernel_size: int) -> Tensor:

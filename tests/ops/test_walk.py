@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -217,10 +219,12 @@ def test_nan_stays_with_its_image():
     assert logits[[0, 2]].isfinite().all()
 
 
+_small_network = functools.cache(lambda: make_executor(make_network((1, 1, 1)))._network)
+
+
 def arguments(**changes):
     """Arguments of ``walk`` for two images through ResNet-8, some replaced."""
-    executor = make_executor(make_network((1, 1, 1)))
-    weights, layers, num_classes, subsample = executor._network
+    weights, layers, num_classes, subsample = _small_network()
     values = {
         "images": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
         "decisions": torch.tensor([[True, False, True], [False, True, True]]),

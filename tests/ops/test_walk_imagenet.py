@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 
 import pytest
@@ -291,10 +292,15 @@ def test_memory_is_kept_between_calls(threads):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
 
 
+@functools.cache
+def _packed(config):
+    return pack(fold_network(make_network(config), torch.float32), 1)
+
+
 def arguments(**changes):
     """Arguments of ``walk_imagenet`` for two images through a small network, some replaced."""
     names = ("weights", "bottleneck", "layers", "channels", "widths", "num_classes", "winograd")
-    network = pack(fold_network(make_network(BOTTLENECK), torch.float32), 1)
+    network = _packed(BOTTLENECK)
     values = {
         "images": random_images(2, torch.float32, (16, 17)),
         "decisions": torch.tensor([[True, False, True], [False, True, True]]),
@@ -305,7 +311,7 @@ def arguments(**changes):
 
 def policy_arguments(**changes):
     """The rest of those of ``walk_imagenet_policy``."""
-    policy = pack(fold_network(make_network(POLICY), torch.float32), 1)
+    policy = _packed(POLICY)
     names = ("weights", "bottleneck", "layers", "channels", "widths")
     values = {f"policy_{name}": one for name, one in zip(names, policy, strict=False)}
     return values | {"policy_winograd": 1, "pool": 2} | changes
