@@ -234,13 +234,19 @@ def test_synchronised_batch_statistics_are_those_of_the_batch(tmp_path):
 @pytest.mark.slow
 def test_figures_with_synchronised_batch_norm(files, tmp_path):
     """Not gradients: float32 batch norm in train mode has them to a hundredth."""
-    options = {"static_images": 0, "sync_bn": True} | TINY
+    tiny = TINY | {"sync_bn": True}
+    policy, gates = {"static_images": 0} | tiny, {"free_epochs": 0, "policy_lr": 1e-6} | tiny
+    held_out = {"held_out": 63, "static_images": 32} | tiny | {"limit": 160}
     backbone, model = files / "backbone.safetensors", files / "model.safetensors"
     runs = [
-        (pretrain, Pretrain(**TINY, sync_bn=True, init=backbone)),
-        (curriculum, Curriculum(**options, backbone=backbone)),
-        (finetune, Finetune(**options, model=model, bn="all")),
-        (finetune, Finetune(**options, model=model, bn="frozen")),
+        (pretrain, Pretrain(**tiny, init=backbone)),
+        (curriculum, Curriculum(**policy, backbone=backbone)),
+        (finetune, Finetune(**policy, model=model, bn="all")),
+        (finetune, Finetune(**policy, model=model, bn="frozen")),
+        (expert, Expert(**held_out, backbone=backbone, line_images=65, look=1)),
+        (lccl, Lccl(**gates, model=backbone, sparsity=1.0)),
+        (sact, Sact(**gates, model=backbone, tau=0.1)),
+        (pfec, Pfec(**tiny, model=backbone, ratios=(0.5,) * len(CIFAR.layers))),
     ]
     for folders in in_both(runs, tmp_path, frozen=False):
         assert_same(*folders, gradients=False)
