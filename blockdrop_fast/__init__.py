@@ -39,7 +39,7 @@ from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
 from blockdrop_fast.networks.sequential import SequentialPolicy
 from blockdrop_fast.networks.spatial_halting import SpatialHaltingPolicy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockDrop",
