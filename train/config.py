@@ -327,6 +327,8 @@ class Recipe(Common):
     """Also train the best static set of as many blocks, and say which is ahead (quick, groups)."""
     epochs: int | None = None
     """Of every stage; default: the preset's."""
+    held_out: int | None = None
+    """Of every stage that holds images out, see expert; default: the preset's."""
     static_images: int | None = None
     """See expert."""
 

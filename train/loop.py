@@ -442,6 +442,12 @@ def prepare(config: Common) -> tuple[torch.device, Dataset]:
     return device, Dataset(train, test, dataset.name, dataset.classes)
 
 
+def check_held_out(held_out: int, images: int) -> None:
+    """Raise ValueError unless so many of the training images can be held out."""
+    if not 0 < held_out < images:
+        raise ValueError(f"held_out: expected 1 to {images - 1}, got {held_out}")
+
+
 def split(
     image_set: ImageSet | ImageFolder, held_out: int, seed: int
 ) -> tuple[ImageSet | ImageFolder, ImageSet | ImageFolder]:
@@ -450,8 +456,7 @@ def split(
     Raises:
         ValueError: nothing would be left of one of the two.
     """
-    if not 0 < held_out < len(image_set):
-        raise ValueError(f"held_out: expected 1 to {len(image_set) - 1}, got {held_out}")
+    check_held_out(held_out, len(image_set))
     order = torch.randperm(len(image_set), generator=torch.Generator().manual_seed(seed))
     return tuple(
         image_set.take(part.sort().values) for part in (order[:held_out], order[held_out:])

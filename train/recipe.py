@@ -20,7 +20,7 @@ from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.networks.checkpoints import load_any
 from train import distributed
 from train.config import RECIPES, Common, Recipe
-from train.loop import evaluate_test, prepare, static_accuracies_of
+from train.loop import check_held_out, evaluate_test, prepare, static_accuracies_of
 from train.stages import Stage, run_stages
 
 RESULT_FILE = "recipe.json"
@@ -49,9 +49,13 @@ def recipe(config: Recipe) -> None:
     """Run the stages; say what the model is worth, and write it to ``recipe.json``.
 
     Raises:
-        ValueError: options that contradict each other.
+        ValueError: options that contradict each other or the data set; before anything runs.
     """
     stages = stages_of(config, RECIPES[config.recipe])
+    images = len(prepare(config)[1].train)
+    for stage in stages.values():
+        if held_out := getattr(stage.config, "held_out", 0):
+            check_held_out(held_out, images)
     run_stages(stages)
     results = evaluate_stages(config, stages)
     print("\n" + format_results(results))
@@ -91,6 +95,8 @@ def stages_of(config: Recipe, presets: dict[str, Common]) -> dict[str, Stage]:
         options |= {option: stages[earlier].checkpoint for option, earlier in wires.items()}
         if config.epochs is not None:
             options["epochs"] = config.epochs
+        if config.held_out is not None and getattr(preset, "held_out", 0):
+            options["held_out"] = config.held_out
         stages[name] = Stage(stage, replace(preset, out=config.out / name, **options))
     return stages
 

@@ -60,12 +60,18 @@ def test_quick_runs_resumes_and_compares(tmp_path, monkeypatch, capsys):
     assert bdf.load(tmp_path / "refit" / "model.safetensors").policy.menu.budget == 2.0
 
 
-def test_bad_options(tmp_path):
+def test_bad_options(tmp_path, monkeypatch):
+    monkeypatch.delenv("BLOCKDROP_DATA", raising=False)
     for options in ({"budget": 3.0}, {"look": 1}):
         with pytest.raises(ValueError, match="budget and look: this recipe"):
             recipe(replace(Recipe(out=tmp_path), **options))
     with pytest.raises(ValueError, match="budget: the mean kept blocks"):
         recipe(Recipe(out=tmp_path, recipe="quick"))
+    few = {"recipe": "quick", "budget": 3.0, "limit": 200}
+    for options, got in (({}, 5000), ({"held_out": 200}, 200)):
+        with pytest.raises(ValueError, match=f"held_out: expected 1 to 199, got {got}"):
+            recipe(Recipe(out=tmp_path, **few, **options))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_recipe_is_named(tmp_path, monkeypatch):
