@@ -65,9 +65,9 @@ def quick(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--quick")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def once() -> Callable:
-    """``once(key, make)``: what ``make()`` returned, or raised, when it was first asked for.
+    """``once(key, make)``: what ``make()`` returned, or raised, when the module first asked for it.
 
     The benchmarks of a group share one round-robin measurement.
     """

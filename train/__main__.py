@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import tyro
@@ -39,6 +40,10 @@ def main() -> None:
             if stage in IN_ONE_PROCESS and distributed.count() > 1:
                 raise ValueError("runs in one process, without torchrun")
             function_of(stage)(config)
+    except distributed.LostProcessError as error:
+        print(f"{stage}: {error}", file=sys.stderr, flush=True)
+        # Not by sys.exit: threads of torch's that wait for the other one can abort the end.
+        os._exit(1)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"{stage}: {error}")
 

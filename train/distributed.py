@@ -283,6 +283,10 @@ class _SharedEngine:
     def __init__(self, engine: bdf.Engine):
         self._engine = engine
 
+    @property
+    def __class__(self) -> type:  # to isinstance it is what it stands for
+        return type(self._engine)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
