@@ -25,7 +25,7 @@ from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.measure.workload import load_workload
 from train.config import Common, Demo, Expert, Joint, Pretrain, Recipe
 from train.loop import prepare
-from train.recipe import evaluate_stages, format_verdict, stages_of
+from train.recipe import check_data, evaluate_stages, format_verdict, stages_of
 from train.stages import run_stages
 
 # To choose the sets of the static line on.
@@ -65,9 +65,10 @@ def demo(config: Demo) -> None:
     _, dataset = prepare(config)
     recipe = _recipe(config)
     stages = stages_of(recipe, _presets())
+    check_data(stages, dataset)
     run_stages(stages)
     trained = time.monotonic() - started
-    results = evaluate_stages(recipe, stages)
+    results = evaluate_stages(recipe, stages, dataset)
     evaluations = {FULL: results["full network"], OURS: results["BlockDrop"]}
     evaluations |= {FULL_ENGINE: evaluations[FULL], AUTHORS: evaluations[OURS]}
     lines, machine = _measure(config, stages["refit"].checkpoint, evaluations)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import blockdrop_fast as bdf
+from blockdrop_fast.data.image_sets import Dataset
 from blockdrop_fast.files import write_json
 from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.networks.checkpoints import load_any
@@ -52,12 +53,10 @@ def recipe(config: Recipe) -> None:
         ValueError: options that contradict each other or the data set; before anything runs.
     """
     stages = stages_of(config, RECIPES[config.recipe])
-    images = len(prepare(config)[1].train)
-    for stage in stages.values():
-        if held_out := getattr(stage.config, "held_out", 0):
-            check_held_out(held_out, images)
+    _, dataset = prepare(config)
+    check_data(stages, dataset)
     run_stages(stages)
-    results = evaluate_stages(config, stages)
+    results = evaluate_stages(config, stages, dataset)
     print("\n" + format_results(results))
     if distributed.is_first():
         values = {name: evaluation.to_dict() for name, evaluation in results.items()}
@@ -101,9 +100,17 @@ def stages_of(config: Recipe, presets: dict[str, Common]) -> dict[str, Stage]:
     return stages
 
 
-def evaluate_stages(config: Recipe, stages: dict[str, Stage]) -> dict[str, Evaluation]:
+def check_data(stages: dict[str, Stage], dataset: Dataset) -> None:
+    """Raise ValueError where a stage holds out more images than there are."""
+    for stage in stages.values():
+        if held_out := getattr(stage.config, "held_out", 0):
+            check_held_out(held_out, len(dataset.train))
+
+
+def evaluate_stages(
+    config: Recipe, stages: dict[str, Stage], dataset: Dataset
+) -> dict[str, Evaluation]:
     """Test results of the full network, the model, and the control where there is one."""
-    _, dataset = prepare(config)
     control = next((stages[name] for name in CONTROLS if name in stages), None)
     model = [stage for name, stage in stages.items() if name not in CONTROLS][-1]
     results = {}
