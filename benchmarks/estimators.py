@@ -30,15 +30,10 @@ from blockdrop_fast.files import atomic_write, write_json
 from blockdrop_fast.machine import machine_info
 from train.config import Curriculum
 from train.curriculum import make_model, train_step
-from train.loop import (
-    device_of,
-    engine_dtype,
-    evaluate_test,
-    evaluation_metrics,
-    prepare,
-    sampling_generator,
-    training_batches,
-)
+from train.evaluation import evaluate_test, evaluation_metrics
+from train.images import device_of, prepare, training_batches
+from train.loop import sampling_generator
+from train.optimization import engine_dtype
 
 Estimator = Literal["self_critical", "leave_one_out", "rloo", "arms", "flips"]
 # All but the paper's try four decision sets an image and step.

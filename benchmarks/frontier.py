@@ -23,7 +23,7 @@ from train.frontier.figure import draw_flops, draw_times
 from train.frontier.rows import made_by, rows_of, table
 from train.frontier.systems import load_systems, read_systems
 from train.frontier.times import time_systems, timed_images
-from train.loop import prepare
+from train.images import prepare
 
 
 @dataclass(frozen=True)

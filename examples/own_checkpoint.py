@@ -22,7 +22,8 @@ from blockdrop_fast.measure.timing import interleave
 from blockdrop_fast.networks.checkpoints import load_any
 from train.config import Curriculum
 from train.curriculum import curriculum
-from train.loop import MODEL_FILE, normalization_of
+from train.images import normalization_of
+from train.run_files import MODEL_FILE
 
 
 def main(checkpoint: Path, data: Path | None, epochs: int, out: Path) -> None:

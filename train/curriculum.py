@@ -20,19 +20,11 @@ from blockdrop_fast.data.image_sets import Dataset
 from blockdrop_fast.networks.checkpoints import init_policy_from_resnet18, load_policy
 from train import distributed
 from train.config import Curriculum
-from train.loop import (
-    MODEL_FILE,
-    Means,
-    PolicyStatistics,
-    Run,
-    autocast,
-    engine_dtype,
-    evaluate_test,
-    evaluation_metrics,
-    prepare,
-    sampling_generator,
-    static_accuracies_of,
-)
+from train.evaluation import evaluate_test, evaluation_metrics, static_accuracies_of
+from train.images import prepare
+from train.loop import Run, sampling_generator
+from train.metrics import Means, PolicyStatistics
+from train.optimization import autocast, engine_dtype
 from train.reward import (
     Step,
     UsagePrice,
@@ -42,6 +34,7 @@ from train.reward import (
     forced_blocks,
     samples_in,
 )
+from train.run_files import MODEL_FILE
 
 
 def curriculum(config: Curriculum) -> None:

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import tyro
 
 from blockdrop_fast.files import atomic_write
-from train.loop import METRICS_FILE
+from train.run_files import METRICS_FILE
 
 # Panel title -> metric -> label.
 PANELS = {

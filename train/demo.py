@@ -24,7 +24,7 @@ from blockdrop_fast.measure.contenders import measure
 from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.measure.workload import load_workload
 from train.config import Common, Demo, Expert, Joint, Pretrain, Recipe
-from train.loop import prepare
+from train.images import prepare
 from train.recipe import check_data, evaluate_stages, format_verdict, stages_of
 from train.stages import run_stages
 

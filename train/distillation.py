@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import blockdrop_fast as bdf
 from train.config import Joint, Pretrain
-from train.loop import normalization_of
+from train.images import normalization_of
 from train.systems.config import Exits, Retraining
 
 

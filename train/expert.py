@@ -27,23 +27,12 @@ from blockdrop_fast.networks.checkpoint_files import read_torch, write_torch
 from blockdrop_fast.networks.menu import Menu
 from train import distributed
 from train.config import Expert
+from train.evaluation import evaluate_test, evaluation_metrics, static_accuracies_of
 from train.groups import class_groups, confusion_of, own_blocks
-from train.loop import (
-    EVALUATION_BATCH,
-    Run,
-    autocast,
-    check_options,
-    check_out,
-    device_of,
-    engine_dtype,
-    evaluate_test,
-    evaluation_metrics,
-    options_text,
-    plain_batches,
-    prepare,
-    split,
-    static_accuracies_of,
-)
+from train.images import EVALUATION_BATCH, device_of, plain_batches, prepare, split
+from train.loop import Run
+from train.optimization import autocast, engine_dtype
+from train.run_files import check_options, check_out, options_text
 from train.upcycling import upcycle
 
 EXAMPLES_FILE = "examples.pt"

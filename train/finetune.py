@@ -17,19 +17,11 @@ from blockdrop_fast.networks.resnet import masked_block
 from train import distributed
 from train.config import Finetune
 from train.distillation import distillation_loss, load_teacher
-from train.loop import (
-    MODEL_FILE,
-    Means,
-    PolicyStatistics,
-    Run,
-    autocast,
-    engine_dtype,
-    evaluate_test,
-    evaluation_metrics,
-    prepare,
-    sampling_generator,
-    static_accuracies_of,
-)
+from train.evaluation import evaluate_test, evaluation_metrics, static_accuracies_of
+from train.images import prepare
+from train.loop import Run, sampling_generator
+from train.metrics import Means, PolicyStatistics
+from train.optimization import autocast, engine_dtype
 from train.reward import (
     Step,
     UsagePrice,
@@ -40,6 +32,7 @@ from train.reward import (
     policy_loss,
     samples_in,
 )
+from train.run_files import MODEL_FILE
 
 
 def finetune(config: Finetune) -> None:

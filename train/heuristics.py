@@ -15,7 +15,8 @@ from blockdrop_fast.files import check_new_folder, write_json
 from blockdrop_fast.networks.checkpoints import load_any
 from train import distributed
 from train.config import Heuristics
-from train.loop import evaluate_test, prepare
+from train.evaluation import evaluate_test
+from train.images import prepare
 
 
 def heuristics(config: Heuristics) -> None:

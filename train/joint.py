@@ -28,22 +28,13 @@ from blockdrop_fast.networks.policy import decisions_of
 from train import distributed
 from train.config import Joint
 from train.distillation import load_teacher, taught_loss
+from train.evaluation import evaluate_test, evaluation_metrics, static_accuracies_of
 from train.expert import calibrate, outcomes
-from train.loop import (
-    MODEL_FILE,
-    PolicyStatistics,
-    Run,
-    autocast,
-    check_out,
-    engine_dtype,
-    evaluate_test,
-    evaluation_metrics,
-    one_cycle,
-    prepare,
-    sampling_generator,
-    split,
-    static_accuracies_of,
-)
+from train.images import prepare, split
+from train.loop import Run, sampling_generator
+from train.metrics import PolicyStatistics
+from train.optimization import autocast, engine_dtype, one_cycle
+from train.run_files import MODEL_FILE, check_out
 from train.static_sets import PER_IMAGE, static_set
 
 PRICES = 64  # among which an image's own budget is drawn

@@ -24,17 +24,10 @@ from train import distributed
 from train.config import Pretrain
 from train.distillation import load_teacher, taught_loss
 from train.droppable import Chain, random_subnetworks, recalibrate
-from train.loop import (
-    Run,
-    autocast,
-    engine_dtype,
-    evaluate_test,
-    one_cycle,
-    plain_batches,
-    prepare,
-    sampling_generator,
-    split,
-)
+from train.evaluation import evaluate_test
+from train.images import plain_batches, prepare, split
+from train.loop import Run, sampling_generator
+from train.optimization import autocast, engine_dtype, one_cycle
 
 RECALIBRATION_IMAGES = 2000
 

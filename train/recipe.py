@@ -21,7 +21,8 @@ from blockdrop_fast.measure.evaluation import Evaluation
 from blockdrop_fast.networks.checkpoints import load_any
 from train import distributed
 from train.config import RECIPES, Common, Recipe
-from train.loop import check_held_out, evaluate_test, prepare, static_accuracies_of
+from train.evaluation import evaluate_test, static_accuracies_of
+from train.images import check_held_out, prepare
 from train.stages import Stage, run_stages
 
 RESULT_FILE = "recipe.json"

@@ -22,11 +22,12 @@ from train.frontier.figure import draw_flops, draw_times
 from train.frontier.rows import Row, in_order, rows_of, table
 from train.frontier.systems import load_systems
 from train.frontier.times import time_systems, timed_images
-from train.loop import METRICS_FILE, prepare
+from train.images import prepare
 from train.reproduction.points import PARTS, Point, points_of, system_of
 from train.reproduction.runs import Run, closure, runs_of, stage_of
 from train.reproduction.scales import DIGITS, PAPER, QUICK, Scale
 from train.reproduction.tables import TITLES, table1, table2, table3, table_of_times
+from train.run_files import METRICS_FILE
 from train.stages import Stage
 
 WHAT_FILE = "reproduction.json"

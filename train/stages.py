@@ -10,7 +10,7 @@ from pathlib import Path
 
 from train import config as stages_config
 from train.config import Common
-from train.loop import MODEL_FILE, STATE_FILE, changed_options, read_state
+from train.run_files import MODEL_FILE, STATE_FILE, changed_options, read_state
 from train.systems import config as systems_config
 
 STAGES = stages_config.STAGES | systems_config.SYSTEMS

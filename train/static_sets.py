@@ -10,7 +10,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from blockdrop_fast.measure.static_line import cached_static_line
 from train import distributed
-from train.loop import EVALUATION_BATCH, plain_batches
+from train.images import EVALUATION_BATCH, plain_batches
 
 LINE_IMAGES = 1000
 # By which a set is chosen; and the one that draws a set for each image.

@@ -50,7 +50,7 @@ from blockdrop_fast.networks.checkpoint_files import read_torch
 from tests.kills.cases import CASES, check_coverage
 from tests.kills.contents import age_events, contents, differences, files_of, shown_values
 from tests.kills.processes import ROOT, Attempt, Processes
-from train.loop import MODEL_FILE, STATE_FILE
+from train.run_files import MODEL_FILE, STATE_FILE
 from train.stages import STAGES, function_of
 
 

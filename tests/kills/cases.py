@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from train.loop import MODEL_FILE
+from train.run_files import MODEL_FILE
 from train.stages import PRESETS, STAGES, Stage
 
 

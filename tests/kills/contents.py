@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from blockdrop_fast.networks.checkpoint_files import read_torch
 from blockdrop_fast.networks.checkpoints import load_any
-from train.loop import METRICS_FILE, STATE_FILE
+from train.run_files import METRICS_FILE, STATE_FILE
 
 EVENTS = "events.out.tfevents."
 

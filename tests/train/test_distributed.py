@@ -27,10 +27,11 @@ from train.curriculum import curriculum
 from train.expert import expert
 from train.finetune import finetune, freeze_batch_norm, masked_pass
 from train.heuristics import heuristics
+from train.images import training_batches
 from train.joint import joint
-from train.loop import MODEL_FILE, training_batches
 from train.pretrain import pretrain
 from train.reward import flip, sample, sample_antithetic
+from train.run_files import MODEL_FILE
 from train.systems.cascade import cascade
 from train.systems.config import (
     Cascade,

@@ -12,7 +12,7 @@ from blockdrop_fast.data.image_sets import NO_NORMALIZATION
 from tests.random_networks import CIFAR, make_look_model, make_network
 from train.config import Expert, Pretrain
 from train.expert import EXAMPLES_FILE, expert, make_examples, spread_sizes
-from train.loop import split
+from train.images import split
 from train.pretrain import pretrain
 
 FEW = {"limit": 400, "batch_size": 32, "threads": 1}

@@ -25,7 +25,8 @@ from train.curves import Arguments, draw
 from train.demo import demo
 from train.finetune import distillation_loss, finetune
 from train.heuristics import heuristics
-from train.loop import NonFiniteLossError, engine_dtype
+from train.loop import NonFiniteLossError
+from train.optimization import engine_dtype
 from train.pretrain import _make_backbone, pretrain, stochastic_depth
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from blockdrop_fast.measure.evaluation import Evaluation, evaluate, summarise
 from blockdrop_fast.measure.static_line import fingerprint
 from blockdrop_fast.networks.checkpoints import locate
 from train.frontier.systems import Loaded
-from train.loop import EVALUATION_BATCH, plain_batches
+from train.images import EVALUATION_BATCH, plain_batches
 
 
 def evaluate_systems(loaded: Sequence[Loaded], dataset: Dataset, path: Path) -> list[Evaluation]:

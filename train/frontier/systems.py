@@ -16,7 +16,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import Dataset
 from blockdrop_fast.networks.checkpoints import load_any
 from blockdrop_fast.networks.gated import PixelGates
-from train.loop import EVALUATION_BATCH, plain_batches
+from train.images import EVALUATION_BATCH, plain_batches
 from train.static_sets import PER_IMAGE, RULES, static_set
 
 HEURISTICS = (*RULES, PER_IMAGE)

@@ -12,7 +12,7 @@ from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from blockdrop_fast.measure import timing
 from blockdrop_fast.measure.tolerance import make_output_reference, make_reference
 from train.frontier.systems import Loaded
-from train.loop import normalization_of
+from train.images import normalization_of
 
 BATCHES = (64, 1)
 # Images of a timed call: one batch, or all of them one by one. Calls go through several such

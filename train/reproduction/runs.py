@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 from train.config import Common, Reproduce
-from train.loop import MODEL_FILE
 from train.reproduction.scales import (
     Scale,
     budgets,
@@ -14,6 +13,7 @@ from train.reproduction.scales import (
     num_blocks,
     shallower,
 )
+from train.run_files import MODEL_FILE
 from train.stages import PRESETS, Stage
 
 HEURISTICS = ("greedy", "first_k", "random_k_per_image", "distribute_k")

@@ -19,17 +19,9 @@ from blockdrop_fast.networks.cascade import blocks_of
 from blockdrop_fast.networks.checkpoint_files import write_torch
 from blockdrop_fast.networks.checkpoints import load_any
 from train import distributed
-from train.loop import (
-    EVALUATION_BATCH,
-    METRICS_FILE,
-    MODEL_FILE,
-    STATE_FILE,
-    engine_dtype,
-    options_text,
-    plain_batches,
-    prepare,
-    split,
-)
+from train.images import EVALUATION_BATCH, plain_batches, prepare, split
+from train.optimization import engine_dtype
+from train.run_files import METRICS_FILE, MODEL_FILE, STATE_FILE, options_text
 from train.systems.config import Cascade
 from train.systems.rules import Stops, budget_of, fit, summary
 

@@ -18,17 +18,10 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet
 from train import distributed
 from train.distillation import load_teacher, taught_loss
-from train.loop import (
-    EVALUATION_BATCH,
-    Run,
-    autocast,
-    check_out,
-    engine_dtype,
-    one_cycle,
-    plain_batches,
-    prepare,
-    split,
-)
+from train.images import EVALUATION_BATCH, plain_batches, prepare, split
+from train.loop import Run
+from train.optimization import autocast, engine_dtype, one_cycle
+from train.run_files import check_out
 from train.systems.config import Exits
 from train.systems.rules import Stops, budget_of, fit, summary
 

@@ -20,17 +20,11 @@ from torch import Tensor
 import blockdrop_fast as bdf
 from blockdrop_fast.networks.checkpoints import load_any
 from train.distillation import load_teacher, taught_loss
-from train.loop import (
-    Run,
-    autocast,
-    check_out,
-    engine_dtype,
-    evaluate_test,
-    evaluation_metrics,
-    one_cycle,
-    prepare,
-    sgd,
-)
+from train.evaluation import evaluate_test, evaluation_metrics
+from train.images import prepare
+from train.loop import Run
+from train.optimization import autocast, engine_dtype, one_cycle, sgd
+from train.run_files import check_out
 from train.systems.config import Pfec
 
 # Layers -> variant -> share of filters that go in each segment, and blocks that stay whole, counted

@@ -16,16 +16,10 @@ from blockdrop_fast.networks.checkpoints import load_any
 from blockdrop_fast.networks.gated import PixelGates, PixelOutput
 from train import distributed
 from train.distillation import load_teacher, taught_loss
-from train.loop import (
-    EVALUATION_BATCH,
-    Run,
-    autocast,
-    check_out,
-    engine_dtype,
-    one_cycle,
-    plain_batches,
-    prepare,
-)
+from train.images import EVALUATION_BATCH, plain_batches, prepare
+from train.loop import Run
+from train.optimization import autocast, engine_dtype, one_cycle
+from train.run_files import check_out
 from train.systems.config import Pixels
 
 # (images, complete network's FLOPs) -> output, and its cost, a scalar.

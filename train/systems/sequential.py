@@ -22,7 +22,9 @@ import blockdrop_fast as bdf
 from blockdrop_fast.networks.policy import threshold
 from train import distributed
 from train.curriculum import train_policy
-from train.loop import Run, autocast, check_out, engine_dtype, prepare
+from train.images import prepare
+from train.loop import Run
+from train.optimization import autocast, engine_dtype
 from train.reward import (
     Step,
     UsagePrice,
@@ -32,6 +34,7 @@ from train.reward import (
     policy_loss,
     samples_in,
 )
+from train.run_files import check_out
 from train.systems.config import Sequential
 
 

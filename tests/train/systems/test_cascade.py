@@ -8,7 +8,7 @@ import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import load_digits
-from train.loop import plain_batches
+from train.images import plain_batches
 from train.stages import Stage
 from train.systems.cascade import cascade
 from train.systems.config import Cascade

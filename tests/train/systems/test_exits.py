@@ -9,7 +9,7 @@ import torch
 import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import load_digits
 from tests.train.conftest import FEW
-from train.loop import plain_batches
+from train.images import plain_batches
 from train.systems.config import Exits
 from train.systems.exits import exits
 

@@ -10,7 +10,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import load_digits
 from tests.train.conftest import FEW
 from train.config import Pretrain
-from train.loop import plain_batches
+from train.images import plain_batches
 from train.pretrain import pretrain
 from train.systems.config import Lccl, Sact
 from train.systems.lccl import lccl
