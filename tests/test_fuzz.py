@@ -5,25 +5,25 @@ import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.networks.menu import Menu
-from tests import fuzz, fuzz_arguments
+from tests.fuzz.arguments import model_of
+from tests.fuzz.cases import run
+from tests.fuzz.right import Wrong, check_logits
 from tests.random_networks import CIFAR, GATED, make_gated_model, make_images, make_network
 
 
 # A few to a test, so that one that fails says which, and others run.
 @pytest.mark.parametrize("first", range(0, 200, 25))
 def test_allowed_outcomes(first):
-    outcomes = [fuzz.run(number) for number in range(first, first + 25)]
+    outcomes = [run(number) for number in range(first, first + 25)]
     assert sum(one.endswith("right") for one in outcomes) > 3
 
 
 def test_wrong_logits_are_found():
     images = make_images(CIFAR, 5)
-    output = bdf.compile(fuzz_arguments.model_of("policy"))(images)
-    fuzz.check_logits("policy", torch.float32, images, output)
-    with pytest.raises(fuzz.Wrong, match="off by"):
-        fuzz.check_logits(
-            "policy", torch.float32, images, output._replace(logits=output[0] * 1.001)
-        )
+    output = bdf.compile(model_of("policy"))(images)
+    check_logits("policy", torch.float32, images, output)
+    with pytest.raises(Wrong, match="off by"):
+        check_logits("policy", torch.float32, images, output._replace(logits=output[0] * 1.001))
 
 
 @pytest.mark.parametrize("kind", GATED)
@@ -61,11 +61,11 @@ def _forward_from(features):
 
 
 def _look(features):
-    return fuzz_arguments.model_of("look").policy(features)
+    return model_of("look").policy(features)
 
 
 def _fixed(images):
-    return fuzz_arguments.model_of("fixed")(images)
+    return model_of("fixed")(images)
 
 
 @pytest.mark.parametrize(("call", "argument", "error", "message"), [
@@ -112,10 +112,10 @@ def test_parts_that_do_not_fit_are_named():
 
 @pytest.mark.parametrize("name", ["halting", "exits", "cascade"])
 def test_decisions_given_again_are_checked(name):
-    model, images = fuzz_arguments.model_of(name), make_images(CIFAR, 3)
+    model, images = model_of(name), make_images(CIFAR, 3)
     output = model(images)
     replay = model.replay if name == "cascade" else model.policy.replay
-    arguments = (images,) if name == "cascade" else (model.backbone, images)
-    assert torch.equal(replay(*arguments, output), replay(*arguments, output))
+    given = (images,) if name == "cascade" else (model.backbone, images)
+    assert torch.equal(replay(*given, output), replay(*given, output))
     with pytest.raises(ValueError, match="decisions: expected shape"):
-        replay(*arguments, output._replace(decisions=output.decisions[1:]))
+        replay(*given, output._replace(decisions=output.decisions[1:]))

@@ -10,11 +10,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import Batches
 from blockdrop_fast.data.image_sets import Dataset, ImageFolder, ImageSet
 from blockdrop_fast.measure.evaluation import Evaluation, evaluate
-from blockdrop_fast.measure.static_line import (
-    cached_accuracies,
-    cached_static_line,
-    default_images,
-)
+from blockdrop_fast.measure.static_line import cached_accuracies, cached_static_line, default_images
 from train import distributed
 from train.images import EVALUATION_BATCH, plain_batches
 

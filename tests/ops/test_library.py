@@ -6,7 +6,7 @@ And what shape functions refuse: all that the references do, as far as it needs 
 import pytest
 import torch
 
-from tests.fuzz_arguments import operator_calls
+from tests.fuzz.arguments import operator_calls
 from tests.ops.gathered_conv_cases import make_case
 from tests.ops.walk_checks import compiled
 from tests.random_networks import GATED

@@ -6,13 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 from train.config import Common, Reproduce
-from train.reproduction.scales import (
-    Scale,
-    budgets,
-    kept_blocks,
-    num_blocks,
-    shallower,
-)
+from train.reproduction.scales import Scale, budgets, kept_blocks, num_blocks, shallower
 from train.run_files import MODEL_FILE
 from train.stages import PRESETS, Stage
 

@@ -19,12 +19,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from blockdrop_fast.networks.exits import (
-    NEVER,
-    confidence_features,
-    leaves_by,
-    threshold_rules,
-)
+from blockdrop_fast.networks.exits import NEVER, confidence_features, leaves_by, threshold_rules
 
 ALWAYS = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
 # Of a stop's share to that of the one before (up to 1.95 MSDNet's, which leave out what is close to

@@ -25,15 +25,7 @@ from train.curriculum import train_policy
 from train.images import prepare
 from train.loop import Run
 from train.optimization import autocast, engine_dtype
-from train.reward import (
-    Step,
-    UsagePrice,
-    bounded,
-    check_estimator,
-    judge,
-    policy_loss,
-    samples_in,
-)
+from train.reward import Step, UsagePrice, bounded, check_estimator, judge, policy_loss, samples_in
 from train.run_files import check_out
 from train.systems.config import Sequential
 
