@@ -2,7 +2,7 @@
 
 import os
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import blockdrop_fast as bdf
+from blockdrop_fast.data.batches import Batches
 from tests.train import sync_batch_norm
-from train import distributed
+from train import distributed, loop
 from train.loop import Run
 
 
@@ -53,13 +55,35 @@ def run_stages(runs, **options):
             run_stage(stage, config, **options)
 
 
-def run_stage(stage, config, frozen=True, epochs=None):
+@contextmanager
+def in_float64():
+    """Backbones that a stage loads, what it makes, and images are float64."""
+    load_backbone, batches_of = bdf.load_backbone, loop.batches_of
+
+    def float64_batches(*arguments, **options):
+        batches = batches_of(*arguments, **options)
+        return Batches(((images.double(), labels) for images, labels in batches), len(batches))
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with (
+        patch.object(bdf, "load_backbone", lambda path: load_backbone(path).double()),
+        patch.object(loop, "batches_of", float64_batches),
+    ):
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def run_stage(stage, config, frozen=True, epochs=None, float64=False):
     """Run a stage; the first process leaves the gradients of its first step in ``gradients.pt``.
 
     Args:
         config: ``--sync-bn`` has kernels for this CPU then.
         frozen: batch norm has running statistics, which stay as they are.
         epochs: of them, do at most so many.
+        float64: see ``in_float64``.
     """
     gradients = []
 
@@ -79,6 +103,8 @@ def run_stage(stage, config, frozen=True, epochs=None):
     hook = register_optimizer_step_pre_hook(look)
     with ExitStack() as patches:
         patches.callback(hook.remove)
+        if float64:
+            patches.enter_context(in_float64())
         if config.sync_bn:
             patches.enter_context(sync_batch_norm.on_cpu())
         patches.enter_context(patch.object(Run, "epochs", few_epochs))

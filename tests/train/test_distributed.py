@@ -254,6 +254,19 @@ def test_figures_with_synchronised_batch_norm(files, tmp_path):
 
 
 @pytest.mark.slow
+def test_exits_with_synchronised_batch_norm(files, tmp_path):
+    """In float64, gradients too. Learned rules of untrained exits, all equally sure of all images, have
+    weights of 100,000, so that float32's roundings let one image in 300 leave elsewhere."""
+    options = TINY | {"limit": 160, "sync_bn": True, "backbone": files / "backbone.safetensors"}
+    runs = [(exits, Exits(**options, held_out=63, head_lr=1e-6))]
+    ((alone, together),) = in_both(runs, tmp_path, frozen=False, float64=True)
+    assert_same(alone, together)
+    one, other = (bdf.load(out / MODEL_FILE).policy.rules for out in (alone, together))
+    assert one.abs().max() > 1000
+    torch.testing.assert_close(other, one)
+
+
+@pytest.mark.slow
 def test_image_files(tmp_path):
     """Processes share them, in training and in evaluation; the last batch is uneven."""
     generator = torch.Generator().manual_seed(0)
