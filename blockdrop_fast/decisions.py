@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -87,7 +89,7 @@ def check_images(
     if (
         images.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch.isfinite(images.sum())
+        and not math.isfinite(images.sum().item())
         and not torch.isfinite(images).all()
     ):
         raise ValueError("images: contain NaN or infinite values")

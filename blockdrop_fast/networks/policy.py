@@ -112,7 +112,8 @@ def decisions_of(
             f"budget: this policy network decides at one usage only, expected none, got {budget}"
         )
     decisions = threshold(logits)
-    decisions[:, :always] = True
+    if always:
+        decisions[:, :always] = True
     return decisions
 
 
@@ -120,8 +121,11 @@ def probabilities_of(logits: Tensor, menu: Menu | None, always: int = 0) -> Tens
     """A policy's probabilities (B, K) of keeping each block; arguments as of ``decisions_of``."""
     if menu is not None:
         return menu.choose(logits).to(logits)
+    probabilities = logits.sigmoid()
+    if not always:
+        return probabilities
     runs_anyway = torch.arange(logits.shape[1], device=logits.device) < always
-    return logits.sigmoid().masked_fill(runs_anyway, 1)
+    return probabilities.masked_fill(runs_anyway, 1)
 
 
 def threshold(logits: Tensor) -> Tensor:
