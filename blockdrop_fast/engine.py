@@ -446,6 +446,10 @@ def compile(
 ) -> Engine | CascadeEngine:
     """Freeze a model into an engine: fold batch norm, pack weights, choose how to execute.
 
+    On a CPU several threads may call an engine at once. A forked process calls
+    ``torch.set_num_threads(1)`` first, as for torch's own operations, whose OpenMP threads it does
+    not have either; a ``DataLoader``'s workers do so by themselves.
+
     Calls of the engine can be captured in a CUDA graph, but for plain PyTorch's "gather", which
     waits for the device. As with all of torch's graphs, the same thread calls before with as many
     images, and the engine has to live as long as the graph.

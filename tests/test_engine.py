@@ -1,6 +1,8 @@
 """Every strategy of the engine against the float64 reference, and what the engine refuses."""
 
 import copy
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -513,6 +515,28 @@ def test_autocast_does_not_reach_the_engine(strategy):
             engine(images.bfloat16())
     assert found.logits.dtype == torch.float32
     check(engine, found.logits, images, expected.decisions)
+
+
+FORKED = """
+import os, torch, blockdrop_fast as bdf
+from tests.random_networks import make_model
+torch.set_num_threads(2)
+model, images = make_model()
+engine = bdf.compile(model)
+expected = engine(images).logits  # starts the threads that a child does not have
+workers = torch.utils.data.DataLoader(images.split(16), None, num_workers=2, timeout=60,
+                                      collate_fn=lambda images: engine(images).logits)
+assert torch.equal(torch.cat(list(workers)), expected)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if torch.equal(engine(images).logits, expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_forked_processes_call_an_engine():
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
