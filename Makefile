@@ -11,7 +11,7 @@ PYTHON ?= python3
 TORCH ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?= --quick
-MINUTES ?= 5
+MINUTES ?= 20
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -80,7 +80,7 @@ check-aarch64: install ## compile the C++ kernels for aarch64, and run the walk'
 tsan: install ## run the CPU walk's queue, parts and gates under ThreadSanitizer, and plant races
 	$(BIN)/pytest tests/ops/test_walk_queue.py $(PYTEST_FLAGS)
 
-load: install ## eight threads on one engine and on eight (MINUTES=5)
+load: install ## eight threads on one engine and on eight, tiny networks and real ones (MINUTES=20)
 	$(BIN)/python -m tests.load --minutes $(MINUTES)
 
 # Of all that is installed, without torch's +cpu; --strict: what the service does not know fails, too.
