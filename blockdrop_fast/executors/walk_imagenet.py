@@ -12,9 +12,8 @@ from blockdrop_fast.executors import Executor
 from blockdrop_fast.networks.folding import FoldedConv, FoldedNetwork
 from blockdrop_fast.ops.walk_imagenet import (
     STEM_CHANNELS,
-    conv_shapes,
+    Description,
     pack_conv,
-    signature,
     walk_imagenet,
     walk_imagenet_policy,
 )
@@ -80,16 +79,21 @@ class WalkImageNetExecutor(Executor):
 def pack(network: FoldedNetwork, winograd: int) -> tuple:
     """A network as ``walk_imagenet`` takes it, from ``weights`` to ``winograd``."""
     config = network.config
-    bottleneck = config.block == "bottleneck"
-    layers, channels, widths = config.layers, config.channels, config.inner_widths
-    described = (bottleneck, layers, channels, widths, config.num_classes)
-    shapes = list(conv_shapes(*described, winograd))
+    described = Description(
+        config.block == "bottleneck",
+        config.layers,
+        config.channels,
+        config.inner_widths,
+        config.num_classes,
+        winograd,
+    )
+    shapes = list(described.convs())
     sizes = [shape.packed_size() for shape in shapes]
     weights = _empty_in_large_pages(sum(sizes) + 1, network.stem.weight.dtype)
     for conv, shape, out in zip(_convs(network), shapes, weights[:-1].split(sizes), strict=True):
         pack_conv(*conv, shape, out)
-    weights[-1] = signature(*described, winograd)
-    return weights, *described, winograd
+    weights[-1] = described.signature()
+    return weights, *described
 
 
 def _winograd_segments(network: FoldedNetwork, compact: bool, is_policy: bool) -> int:

@@ -27,19 +27,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blockdrop_fast.ops._library import define
-from blockdrop_fast.ops.walk_network import check_decisions, check_length
+from blockdrop_fast.ops.walk_network import (
+    check_decisions,
+    check_length,
+    check_signature,
+    signature,
+)
 
 STEM_CHANNELS = 64
 PANEL = 32
 BLOCK_IN = 256
 BLOCK_OUT = 512
-SIGNATURES = 16_777_213  # the largest prime below 2^24
 # G of F(2x2, 3x3) in Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 4.1.
 _WINOGRAD_WEIGHTS = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _FROM_WINOGRAD = ((1, 0, 0, 0), (0, 1, -1, 0), (0, 0, 0, 1))  # times G: the identity
@@ -178,61 +183,48 @@ def stem_shape() -> ConvShape:
     return ConvShape(3, STEM_CHANNELS, 7, 2, "stem")
 
 
-def block_shapes(
-    bottleneck: bool,
-    layers: Sequence[int],
-    channels: Sequence[int],
-    widths: Sequence[int],
-    winograd: int,
-) -> Iterator[BlockShape]:
-    """The K residual blocks; arguments as of ``walk_imagenet``."""
-    c_in, width_of = STEM_CHANNELS, iter(widths)
-    for segment, (count, c_out) in enumerate(zip(layers, channels, strict=True)):
-        form = "winograd" if segment < winograd else "blocks"
-        for index in range(count):
-            width = next(width_of)
-            stride = 2 if segment > 0 and index == 0 else 1
-            form_of_first = form if stride == 1 else "blocks"
-            projects = stride == 2 or c_in != c_out
-            shortcut = ConvShape(c_in, c_out, 1, stride) if projects else None
-            if bottleneck:
-                middle = ConvShape(width, width, 3, stride, form_of_first)
-                first = (ConvShape(c_in, width, 1), middle)
-                yield BlockShape(first, shortcut, ConvShape(width, c_out, 1))
-            else:
-                first = (ConvShape(c_in, width, 3, stride, form_of_first),)
-                yield BlockShape(first, shortcut, ConvShape(width, c_out, 3, 1, form))
-            c_in = c_out
+class Description(NamedTuple):
+    """A network as the arguments of ``walk_imagenet`` describe it."""
 
+    bottleneck: bool
+    layers: Sequence[int]
+    channels: Sequence[int]
+    widths: Sequence[int]
+    num_classes: int
+    winograd: int
 
-def conv_shapes(
-    bottleneck: bool,
-    layers: Sequence[int],
-    channels: Sequence[int],
-    widths: Sequence[int],
-    num_classes: int,
-    winograd: int,
-) -> Iterator[ConvShape]:
-    """All convolutions in the order of packed weights; arguments as of ``walk_imagenet``."""
-    yield stem_shape()
-    for block in block_shapes(bottleneck, layers, channels, widths, winograd):
-        yield from block.convs()
-    yield ConvShape(channels[-1], num_classes, 1)
+    def blocks(self) -> Iterator[BlockShape]:
+        """The K residual blocks."""
+        c_in, width_of = STEM_CHANNELS, iter(self.widths)
+        for segment, (count, c_out) in enumerate(zip(self.layers, self.channels, strict=True)):
+            form = "winograd" if segment < self.winograd else "blocks"
+            for index in range(count):
+                width = next(width_of)
+                stride = 2 if segment > 0 and index == 0 else 1
+                form_of_first = form if stride == 1 else "blocks"
+                projects = stride == 2 or c_in != c_out
+                shortcut = ConvShape(c_in, c_out, 1, stride) if projects else None
+                if self.bottleneck:
+                    middle = ConvShape(width, width, 3, stride, form_of_first)
+                    first = (ConvShape(c_in, width, 1), middle)
+                    yield BlockShape(first, shortcut, ConvShape(width, c_out, 1))
+                else:
+                    first = (ConvShape(c_in, width, 3, stride, form_of_first),)
+                    yield BlockShape(first, shortcut, ConvShape(width, c_out, 3, 1, form))
+                c_in = c_out
 
+    def convs(self) -> Iterator[ConvShape]:
+        """All convolutions in the order of packed weights."""
+        yield stem_shape()
+        for block in self.blocks():
+            yield from block.convs()
+        yield ConvShape(self.channels[-1], self.num_classes, 1)
 
-def signature(
-    bottleneck: bool,
-    layers: Sequence[int],
-    channels: Sequence[int],
-    widths: Sequence[int],
-    num_classes: int,
-    winograd: int,
-) -> int:
-    """A hash of a network's description that float32 holds; arguments as of ``walk_imagenet``."""
-    value = 0
-    for one in (bottleneck, num_classes, min(winograd, len(layers)), *layers, *channels, *widths):
-        value = (value * 1_000_003 + one) % SIGNATURES
-    return value
+    def signature(self) -> int:
+        """A hash that float32 holds."""
+        winograd = min(self.winograd, len(self.layers))
+        lists = (*self.layers, *self.channels, *self.widths)
+        return signature(self.bottleneck, self.num_classes, winograd, *lists)
 
 
 def pack_conv(weight: Tensor, bias: Tensor, shape: ConvShape, out: Tensor) -> None:
@@ -293,35 +285,31 @@ def _round_up(channels: int) -> int:
 
 def walk_imagenet_reference(images: Tensor, decisions: Tensor, weights: Tensor, *network) -> Tensor:
     """What ``walk_imagenet`` computes, in PyTorch; of any floating-point dtype, on any device."""
+    network = Description(*network)
     _check_walk(images, decisions, weights, *network)
-    parameters = _unpack("weights", weights, *network)
+    parameters = _unpack("weights", weights, network)
     if decisions.ndim == 2:
-        return _run_network(images, decisions, parameters, *network)
-    logits = [_run_network(images, one, parameters, *network) for one in decisions]
-    return torch.stack(logits) if logits else images.new_empty(0, len(images), network[4])
+        return _run_network(images, decisions, parameters, network)
+    logits = [_run_network(images, one, parameters, network) for one in decisions]
+    return torch.stack(logits) if logits else images.new_empty(0, len(images), network.num_classes)
 
 
 def walk_imagenet_policy_reference(images: Tensor, *networks) -> tuple[Tensor, Tensor, Tensor]:
     """What ``walk_imagenet_policy`` computes, in PyTorch operations."""
     _check_policy(images, *networks)
-    network, policy, pool = _split(networks)
-    parameters = _unpack("policy_weights", *policy)
-    pooled = F.avg_pool2d(images, pool)
-    policy_logits = _run_network(pooled, None, parameters, *policy[1:])
+    (weights, network), (policy_weights, policy), pool = _split(networks)
+    parameters = _unpack("policy_weights", policy_weights, policy)
+    policy_logits = _run_network(F.avg_pool2d(images, pool), None, parameters, policy)
     decisions = policy_logits >= 0
-    return walk_imagenet_reference(images, decisions, *network), decisions, policy_logits
+    logits = walk_imagenet_reference(images, decisions, weights, *network)
+    return logits, decisions, policy_logits
 
 
 def _run_network(
     images: Tensor,
     decisions: Tensor | None,
-    parameters: Iterator[tuple[Tensor, Tensor]],
-    bottleneck: bool,
-    layers: Sequence[int],
-    channels: Sequence[int],
-    widths: Sequence[int],
-    num_classes: int,
-    winograd: int,
+    parameters: Sequence[tuple[Tensor, Tensor]],
+    network: Description,
 ) -> Tensor:
     parameters = iter(parameters)
 
@@ -329,9 +317,9 @@ def _run_network(
         return F.conv2d(x, *next(parameters), shape.stride, padding=shape.kernel // 2)
 
     if len(images) == 0:
-        return images.new_empty(0, num_classes)
+        return images.new_empty(0, network.num_classes)
     x = F.max_pool2d(F.relu(convolve(images, stem_shape())), 3, 2, 1)
-    for k, block in enumerate(block_shapes(bottleneck, layers, channels, widths, winograd)):
+    for k, block in enumerate(network.blocks()):
         kept = x
         for shape in block.first:
             kept = F.relu(convolve(kept, shape))
@@ -344,36 +332,41 @@ def _run_network(
     return F.linear(x.mean((2, 3)), weight[:, :, 0, 0], bias)
 
 
-def _unpack(name: str, weights: Tensor, *network) -> list[tuple[Tensor, Tensor]]:
+def _unpack(name: str, weights: Tensor, network: Description) -> list[tuple[Tensor, Tensor]]:
     """(weight, bias) of each convolution in order."""
-    if weights[-1] != weights.new_tensor(signature(*network)):
-        raise ValueError(f"{name}: packed for another network than the arguments say")
-    shapes = list(conv_shapes(*network))
+    check_signature(name, weights, network.signature())
+    shapes = list(network.convs())
     parts = weights[:-1].split([shape.packed_size() for shape in shapes])
     return [unpack_conv(one, shape) for one, shape in zip(parts, shapes, strict=True)]
 
 
-def _split(networks: tuple) -> tuple[tuple, tuple, int]:
-    """Arguments of ``walk_imagenet_policy`` -> both networks as of ``walk_imagenet``, ``pool``."""
-    *policy, winograd, pool = networks[7:]
-    return networks[:7], (*policy, sum(networks[2]), winograd), pool
+def _split(networks: tuple) -> tuple[tuple[Tensor, Description], tuple[Tensor, Description], int]:
+    """Arguments of ``walk_imagenet_policy`` -> weights and description of both, ``pool``."""
+    weights, *network, policy_weights = networks[:8]
+    *policy, winograd, pool = networks[8:]
+    network = Description(*network)
+    return (
+        (weights, network),
+        (policy_weights, Description(*policy, sum(network.layers), winograd)),
+        pool,
+    )
 
 
 # ------------------------------------------------------------------ checks
 
 
 def _check_walk(images: Tensor, decisions: Tensor, weights: Tensor, *network) -> None:
+    network = Description(*network)
     _check_images(images, weights)
-    _check_network("weights", weights, *network)
-    check_decisions(decisions, images.shape[0], sum(network[1]))
+    _check_network("weights", weights, network)
+    check_decisions(decisions, images.shape[0], sum(network.layers))
 
 
 def _check_policy(images: Tensor, *networks) -> None:
-    network, policy, pool = _split(networks)
-    _check_images(images, network[0])
-    _check_network("weights", *network)
-    _check_images(images, policy[0], "policy_weights")
-    _check_network("policy_weights", *policy)
+    *both, pool = _split(networks)
+    for name, (weights, network) in zip(("weights", "policy_weights"), both, strict=True):
+        _check_images(images, weights, name)
+        _check_network(name, weights, network)
     if not 1 <= pool <= min(images.shape[2:]):
         raise ValueError(
             f"pool: expected 1 to the images' size, got {pool} for "
@@ -381,34 +374,25 @@ def _check_policy(images: Tensor, *networks) -> None:
         )
 
 
-def _check_network(
-    name: str,
-    weights: Tensor,
-    bottleneck: bool,
-    layers: Sequence[int],
-    channels: Sequence[int],
-    widths: Sequence[int],
-    num_classes: int,
-    winograd: int,
-) -> None:
+def _check_network(name: str, weights: Tensor, network: Description) -> None:
+    layers = network.layers
     if not layers:
         raise ValueError("layers: expected at least one segment, got none")
     for argument, values, count, each in (
         ("layers", layers, len(layers), "segments"),
-        ("channels", channels, len(layers), "segments"),
-        ("widths", widths, sum(layers), "blocks"),
+        ("channels", network.channels, len(layers), "segments"),
+        ("widths", network.widths, sum(layers), "blocks"),
     ):
         if len(values) != count or min(values) < 1:
             raise ValueError(
                 f"{argument}: expected a positive number for each of {count} {each}, "
                 f"got {list(values)}"
             )
-    if num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
-    if winograd < 0:
-        raise ValueError(f"winograd: expected at least 0 segments, got {winograd}")
-    shapes = conv_shapes(bottleneck, layers, channels, widths, num_classes, winograd)
-    length = sum(shape.packed_size() for shape in shapes) + 1
+    if network.num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {network.num_classes}")
+    if network.winograd < 0:
+        raise ValueError(f"winograd: expected at least 0 segments, got {network.winograd}")
+    length = sum(shape.packed_size() for shape in network.convs()) + 1
     check_length(name, weights, length, "packed values")
 
 

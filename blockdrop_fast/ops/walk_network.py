@@ -20,6 +20,7 @@ from blockdrop_fast.ops._library import define
 WIDTHS = (16, 32, 64)
 MOST_BLOCKS = 2**16  # of a segment: more than any network has, few enough to be counted one by one
 IMAGE_CHANNELS = 3
+SIGNATURES = 16_777_213  # the largest prime below 2^24
 NETWORK = "Tensor weights, int[] layers, int num_classes, bool subsample"
 
 
@@ -179,6 +180,23 @@ def check_length(name: str, vector: Tensor, length: int, of: str = "values") -> 
         raise ValueError(
             f"{name}: expected a vector of {length} {of}, got shape {tuple(vector.shape)}"
         )
+
+
+def signature(*description: int) -> int:
+    """A hash of the numbers that describe a network, of those that float32 holds.
+
+    The last value of packed weights, as those of other networks may be as long.
+    """
+    value = 0
+    for one in description:
+        value = (value * 1_000_003 + one) % SIGNATURES
+    return value
+
+
+def check_signature(name: str, weights: Tensor, expected: int) -> None:
+    """Raise ValueError unless packed weights end with this ``signature``."""
+    if weights[-1] != weights.new_tensor(expected):
+        raise ValueError(f"{name}: packed for another network than the arguments say")
 
 
 def define_walk(
