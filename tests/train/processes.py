@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import Batches
 from tests.train import sync_batch_norm
-from train import distributed, loop
+from train import distributed, images
 from train.loop import Run
 
 
@@ -58,17 +58,17 @@ def run_stages(runs, **options):
 @contextmanager
 def in_float64():
     """Backbones that a stage loads, what it makes, and images are float64."""
-    load_backbone, batches_of = bdf.load_backbone, loop.batches_of
+    load_backbone, batches_of = bdf.load_backbone, images.batches_of
 
     def float64_batches(*arguments, **options):
         batches = batches_of(*arguments, **options)
-        return Batches(((images.double(), labels) for images, labels in batches), len(batches))
+        return Batches(((some.double(), labels) for some, labels in batches), len(batches))
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     with (
         patch.object(bdf, "load_backbone", lambda path: load_backbone(path).double()),
-        patch.object(loop, "batches_of", float64_batches),
+        patch.object(images, "batches_of", float64_batches),
     ):
         try:
             yield

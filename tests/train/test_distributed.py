@@ -255,8 +255,11 @@ def test_figures_with_synchronised_batch_norm(files, tmp_path):
 
 @pytest.mark.slow
 def test_exits_with_synchronised_batch_norm(files, tmp_path):
-    """In float64, gradients too. Learned rules of untrained exits, all equally sure of all images, have
-    weights of 100,000, so that float32's roundings let one image in 300 leave elsewhere."""
+    """In float64, gradients too.
+
+    Untrained exits are equally sure of all images: the weights of their rules are 100,000, so that
+    float32's roundings let one image in 300 leave elsewhere.
+    """
     options = TINY | {"limit": 160, "sync_bn": True, "backbone": files / "backbone.safetensors"}
     runs = [(exits, Exits(**options, held_out=63, head_lr=1e-6))]
     ((alone, together),) = in_both(runs, tmp_path, frozen=False, float64=True)
