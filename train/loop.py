@@ -75,6 +75,7 @@ class Run:
         self.history: list[dict] = []
         self.first_epoch = 1
         self.step = 0
+        self._options = options_text(config)
         check_out(config)
         for name in (STATE_FILE, MODEL_FILE, METRICS_FILE):
             remove_leftovers(config.out / name)
@@ -208,9 +209,10 @@ class Run:
 
     def _save(self, epoch: int) -> None:
         state = {
+            # First what is looked at alone, see read_progress.
             "epoch": epoch,
+            "config": self._options,
             "step": self.step,
-            "config": options_text(self.config),
             "history": json.dumps(self.history),
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -240,7 +242,7 @@ class Run:
         return sum(tensors) + 512 * len(tensors) - there  # headers of an archive's members
 
     def _restore(self, path: Path) -> None:
-        state = read_state(path, "step", "history", "model", "optimizers", "schedulers")
+        state = read_state(path)
         check_options(state["config"], self.config)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -27,7 +27,7 @@ from train.reproduction.points import PARTS, Point, points_of, system_of
 from train.reproduction.runs import Run, closure, runs_of, stage_of
 from train.reproduction.scales import DIGITS, PAPER, QUICK, Scale
 from train.reproduction.tables import TITLES, table1, table2, table3, table_of_times
-from train.run_files import METRICS_FILE
+from train.run_files import METRICS_FILE, described, same_value, shown
 from train.stages import Stage
 
 WHAT_FILE = "reproduction.json"
@@ -91,7 +91,7 @@ def _claim(config: Reproduce, scale: Scale, dataset: Dataset) -> None:
         "images": [len(dataset.train), len(dataset.test)],
         "arch": list(scale.archs),
         "seed": config.seed,
-        "init": config.init and str(config.init),
+        "init": config.init and described(config.init),
         "epochs": config.epochs,
     }
     path = config.out / WHAT_FILE
@@ -101,9 +101,9 @@ def _claim(config: Reproduce, scale: Scale, dataset: Dataset) -> None:
         return
     held = _read(path)
     differ = [
-        f"{name} {held.get(name)}, not {value}"
+        f"{name} {shown(held.get(name))}, not {shown(value)}"
         for name, value in what.items()
-        if held.get(name) != value
+        if not same_value(held.get(name), value)
     ]
     if differ:
         raise ValueError(f"out: {config.out} holds another reproduction: {'; '.join(differ)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from train import config as stages_config
 from train.config import Common
-from train.run_files import MODEL_FILE, STATE_FILE, changed_options, read_state
+from train.run_files import MODEL_FILE, STATE_FILE, changed_options, read_progress
 from train.systems import config as systems_config
 
 STAGES = stages_config.STAGES | systems_config.SYSTEMS
@@ -50,11 +50,11 @@ class Stage:
     @property
     def complete(self) -> bool:
         """Whether its last epoch is done."""
-        return self.started and self._state()["epoch"] >= getattr(self.config, "epochs", 0)
+        return self.started and self._progress()[0] >= getattr(self.config, "epochs", 0)
 
     def check(self) -> None:
         """Raise ValueError if its folder holds a run with other options."""
-        if self.started and (changed := changed_options(self._state()["config"], self.config)):
+        if self.started and (changed := changed_options(self._progress()[1], self.config)):
             raise ValueError(
                 f"out: {self.config.out} holds a run with other options: {', '.join(changed)}"
             )
@@ -83,8 +83,8 @@ class Stage:
                 words += [f"--{flag}", *map(str, values)]
         return shlex.join(words)
 
-    def _state(self) -> dict:
-        return read_state(self.config.out / STATE_FILE)
+    def _progress(self) -> tuple[int, str]:
+        return read_progress(self.config.out / STATE_FILE)
 
 
 def run_stages(stages: dict[str, Stage]) -> None:

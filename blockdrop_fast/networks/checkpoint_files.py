@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 import zlib
@@ -23,6 +24,9 @@ from blockdrop_fast.files import atomic_write
 FORMAT_VERSION = 1
 _METADATA_KEY = "blockdrop_fast"
 _CHECKSUM_KEY = "crc32"  # of our metadata and all tensors; files of before 0.2 have none
+# Of a pickle: text and numbers, and what may stand between those at its beginning.
+_PLAIN = {"BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+_AROUND = {"PROTO", "EMPTY_DICT", "BINPUT", "LONG_BINPUT", "MARK"}
 Tensors = dict[str, Tensor]
 
 
@@ -80,6 +84,47 @@ def read_torch(path: Path) -> dict:
             f"{path}: expected a dictionary of tensors, got a {type(content).__name__}"
         )
     return content
+
+
+def read_first_values(path: Path) -> dict[str, str | int | float]:
+    """The text and numbers with which a dictionary that ``write_torch`` wrote begins.
+
+    Reads, and verifies, only the part of the file that is not tensors: of many of them most of the
+    time to read them goes into what they are, not into their values.
+
+    Raises:
+        OSError: the file cannot be opened.
+        CheckpointError: it is no such file, or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (one for one in archive.namelist() if one.endswith("/data.pkl"))
+            pickled = archive.read(name)  # verified
+        values = []
+        for operation, value, _ in pickletools.genops(pickled):
+            if operation.name in _PLAIN:
+                values.append(value)
+            elif operation.name not in _AROUND:
+                break
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read, it may be truncated ({_reason(error)})"
+        ) from None
+    return dict(zip(values[::2], values[1::2], strict=False))
+
+
+def content_key(path: Path) -> str:
+    """Equal for files of equal tensors and metadata: our own checksum, or that of a foreign file.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            checksum = (file.metadata() or {}).get(_CHECKSUM_KEY)
+    except safetensors.SafetensorError:
+        checksum = None
+    return f"{zlib.crc32(path.read_bytes()):08x}" if checksum is None else checksum
 
 
 def write_torch(content: dict, path: Path) -> None:
