@@ -6,10 +6,12 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from train.heuristics import heuristics
 from train.loop import Run
 from train.pretrain import pretrain
 
+ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("BLOCKDROP_KILLS", "10"))
 
 
@@ -266,6 +269,36 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     whole, full = (read_torch(tmp_path / one / "state.pt")["model"] for one in ("whole", "full"))
     assert all(torch.equal(full[key], whole[key]) for key in whole)
     assert not (tmp_path / "full" / ".state.pt.abcdefgh").exists()
+
+
+@pytest.mark.parametrize("mishap", ["full", "read-only"])
+def test_a_disk_that_fails_during_a_run_is_one_line(mishap, tmp_path):
+    """Whatever comes to it first: events, the model, metrics or the state."""
+    with tmpfs(tmp_path / "small", 4 << 20) as folder:
+        command = [sys.executable, "-m", "train", "pretrain", "--out", str(folder / "out")]
+        options = {one.replace("_", "-"): value for one, value in FEW.items()} | {"epochs": 1000}
+        command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        pipe = subprocess.PIPE
+        run = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+        for line in run.stdout:
+            if line.startswith("epoch 2:"):
+                break
+        if mishap == "full":
+            with open(folder / "filler", "wb", buffering=0) as filler:
+                while run.poll() is None:  # files that are replaced make room
+                    with contextlib.suppress(OSError):
+                        filler.write(bytes(4096))
+        else:
+            # Only while nobody writes there.
+            remount = ["mount", "-o", "remount,ro", str(folder)]
+            while subprocess.run(remount, stderr=subprocess.DEVNULL).returncode:
+                time.sleep(0.01)
+        _, printed = run.communicate(timeout=120)
+        assert run.returncode == 1
+        said = [one for one in printed.splitlines() if one and not one.startswith("epoch ")]
+        assert len(said) == 1, printed
+        assert re.match(r"pretrain: .*(No space left|Read-only).*/small/out/", said[0])
+        assert read_torch(folder / "out" / "state.pt")["epoch"] >= 1
 
 
 def test_a_damaged_checkpoint_of_a_run_is_named(tmp_path):

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import blockdrop_fast as bdf
@@ -19,6 +18,7 @@ from blockdrop_fast.files import check_new_folder, remove_leftovers, write_json
 from blockdrop_fast.networks.checkpoint_files import write_torch
 from train import distributed
 from train.config import Common
+from train.events import Events
 from train.images import training_batches
 from train.metrics import Means
 from train.run_files import (
@@ -89,8 +89,7 @@ class Run:
                 "that all machines share"
             )
         self._parallel = distributed.parallel(model, optimizers)
-        if distributed.is_first():
-            self._writer = SummaryWriter(str(config.out), purge_step=self.first_epoch)
+        self._events = Events(config.out, self.first_epoch)
 
     def epochs(self) -> range:
         """The epochs still to do, 1-based."""
@@ -187,17 +186,12 @@ class Run:
         Args:
             report: JSON-ready, for ``metrics.json`` alone.
         """
-        metrics = {"epoch": epoch, "images_per_second": self.images_per_second} | metrics
-        self.history.append(metrics | (report or {}))
+        metrics = {"images_per_second": self.images_per_second} | metrics
+        self.history.append({"epoch": epoch} | metrics | (report or {}))
         if distributed.is_first():
-            for name, value in metrics.items():
-                if name != "epoch":
-                    self._writer.add_scalar(name, value, epoch)
-            self._writer.flush()
-        print(
-            f"epoch {epoch}: "
-            + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "epoch")
-        )
+            self._events.add(metrics, epoch)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"epoch {epoch}: {shown}")
         if self.due(epoch, self.config.checkpoint_every):
             if distributed.is_first():
                 self._save(epoch)

@@ -37,7 +37,7 @@ class Attempt:
 
 # What a function on the stack, or its file, says of what was going on; the first that fits.
 PLACES = {
-    "saving": r"/files\.py|tensorboard|(^| )(_save|save|write_torch|savefig|_write)( |$)",
+    "saving": r"/files\.py|/events\.py|(^| )(_save|save|write_torch|savefig|_write)( |$)",
     "timing": r"/timing\.py|/contenders\.py|/times\.py",
     "evaluating": r"/evaluation\.py|/static_line\.py|/rules\.py|/heuristics\.py"
     r"|(^| )(evaluate\w*|stops_of|make_examples|calibrate|recalibrate)( |$)",
