@@ -112,7 +112,7 @@ struct Kernels {
   void (*linear)(const float* weights, const float* mean, int channels, int classes, float* logits);
 };
 
-// Null where this build does not have the instruction set.
+// The last two where the build has them, see csrc/README.md.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

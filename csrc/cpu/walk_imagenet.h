@@ -124,7 +124,7 @@ struct Kernels {
   void (*mean)(const Mean&, const Part&);  // uses the panels of the part
 };
 
-// Null where this build does not have the instruction set.
+// The last two where the build has them, see csrc/README.md.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

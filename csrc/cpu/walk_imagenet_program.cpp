@@ -1,7 +1,5 @@
 #include "cpu/walk_imagenet_program.h"
 
-#include <ATen/Parallel.h>
-
 #include <cstring>
 #include <utility>
 
@@ -17,13 +15,6 @@ constexpr int kAlignment = 16;  // floats
 // than to multiply by them: several images share them, while all of their activations stay in L2.
 constexpr Index kGroupFloats = 200 * 1024;
 constexpr int kMaxGroup = 4;
-
-int useful_threads(int batch, int group) {
-  const int64_t useful = int64_t{(batch + group - 1) / group} * kMaxThreadsPerGroup;
-  return at::in_parallel_region()
-             ? 1
-             : static_cast<int>(std::min<int64_t>(at::get_num_threads(), useful));
-}
 
 int divide_up(int count, int by) { return (count + by - 1) / by; }
 
@@ -70,11 +61,11 @@ Walk::Walk(const Kernels& kernels, const Network& network, const walk::Images& i
     x_before_.push_back(block.projection.weights ? 1 - x : x);
   }
   if (alike) {
-    const int threads = useful_threads(images.batch, 1);
+    const int threads = walk::useful_threads(images.batch, kMaxThreadsPerGroup);
     const auto fitting = static_cast<int>(std::min<Index>(kGroupFloats / x_size(), kMaxGroup));
-    group = std::clamp((images.batch + threads - 1) / threads, 1, std::max(fitting, 1));
+    group = std::clamp(divide_up(images.batch, threads), 1, std::max(fitting, 1));
   }
-  num_threads = useful_threads(images.batch, group);
+  num_threads = walk::useful_threads(divide_up(images.batch, group), kMaxThreadsPerGroup);
   buffers_.resize(num_threads);
   allocate(num_spare);
 }

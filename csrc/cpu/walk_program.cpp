@@ -1,6 +1,5 @@
 #include "cpu/walk_program.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -13,13 +12,6 @@ namespace {
 
 // Segment 1 of a 32x32 image has 16 pairs of rows: more threads for an image find nothing to do.
 constexpr int kMaxThreadsPerImage = 16;
-
-int useful_threads(int batch) {
-  const int64_t useful = int64_t{batch} * kMaxThreadsPerImage;
-  return at::in_parallel_region()
-             ? 1
-             : static_cast<int>(std::min<int64_t>(at::get_num_threads(), useful));
-}
 
 Part all_panels(Part part, int channels) {
   part.panel_begin = 0;
@@ -61,7 +53,7 @@ Walk::Walk(const Kernels& kernels, const Network& network, const Images& images,
     : kernels(kernels),
       network(network),
       images(images),
-      num_threads(useful_threads(images.batch)),
+      num_threads(useful_threads(images.batch, kMaxThreadsPerImage)),
       buffers_(num_threads) {
   const int64_t image_size = int64_t{images.height + 2} * (images.width + 2) * kImageChannels;
   int64_t spare_size = 0;

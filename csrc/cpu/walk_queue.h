@@ -33,6 +33,12 @@ inline void relax(int spins) {
 #endif
 }
 
+// Threads that find something to do, of those that the caller may use: at most `most` for an image.
+inline int useful_threads(int64_t images, int most) {
+  if (at::in_parallel_region()) return 1;
+  return static_cast<int>(std::min<int64_t>(at::get_num_threads(), images * most));
+}
+
 // A layer of an image that several threads walk: which parts are claimed, and how many are done.
 struct alignas(64) Step {
   std::atomic<int64_t> claimed{0};  // so many first ones, + so many last ones << 32
