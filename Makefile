@@ -90,7 +90,7 @@ audit: install ## known vulnerabilities of what is installed; asks a service
 	$(PIP) freeze --exclude-editable | sed 's/+.*//' > build/audit/installed.txt
 	build/audit/bin/pip-audit --strict --no-deps --disable-pip -r build/audit/installed.txt
 
-fuzz: install ## 10,000 public calls with random arguments, against float64 (half an hour)
+fuzz: install ## 10,000 public calls with random arguments, against float64 (3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 10000
 
 # One thread, in these, as a process that has others cannot be forked.

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <thread>
 
 using namespace blockdrop::walk;
 
@@ -37,8 +38,10 @@ bool check(int images, int threads, int steps, int shared) {
               Steps way = turn.steps;
               Values& own = values[turn.position];
               for (int step = 0; step < steps; ++step) {
+                // Who comes later goes first: what has been claimed by others orders memory, too.
+                if (turn.thread == turn.slot) std::this_thread::yield();
                 const auto run = [&](int part) {
-                  ++num_parts;
+                  num_parts.fetch_add(1, std::memory_order_relaxed);  // orders nothing
                   run_part(own, step, part);
                 };
                 way.run(parts_of(step), run, [&] {
