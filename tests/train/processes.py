@@ -3,6 +3,7 @@
 import os
 import socket
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -110,6 +111,8 @@ def run_stage(stage, config, frozen=True, epochs=None, float64=False):
         patches.enter_context(patch.object(Run, "epochs", few_epochs))
         if frozen:
             patches.enter_context(patch.object(_BatchNorm, "train", stay))
+            if hasattr(config, "statistics_images"):
+                config = replace(config, statistics_images=0)
         stage(config)
     if distributed.is_first() and gradients:
         torch.save([copies for _, copies in gradients], config.out / "gradients.pt")

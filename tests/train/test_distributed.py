@@ -195,6 +195,22 @@ def test_batch_statistics_are_those_of_a_process(files, tmp_path):
     torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_counted_statistics_are_those_of_one_process(files, tmp_path):
+    """Bit for bit, where weights are; each process counts all images."""
+    options = {"static_images": 0, "statistics_images": 80} | TINY | {"lr": 0.0}
+    runs = [
+        (curriculum, Curriculum(**options, backbone=files / "backbone.safetensors")),
+        (finetune, Finetune(**options, model=files / "model.safetensors", bn="frozen")),
+    ]
+    before = bdf.load(files / "model.safetensors").policy.state_dict()
+    for folders in in_both(runs, tmp_path, frozen=False):
+        one, other = (bdf.load(out / MODEL_FILE).policy.state_dict() for out in folders)
+        assert all(torch.equal(other[name], value) for name, value in one.items())
+        name = "network.bn1.running_mean"
+        assert not torch.allclose(one[name], before[name], atol=1e-3)
+
+
 def masked_steps(out):
     """Steps of ``--sync-bn``, in float64; one block is kept in one process alone, one in none."""
     torch.manual_seed(0)
