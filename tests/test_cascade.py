@@ -56,6 +56,15 @@ def test_precisions(dtype):
     check(engine, engine(images), images)
 
 
+@torch.no_grad()
+def test_replay_takes_decisions_of_any_dtype():
+    cascade, images = make_cascade()
+    output = cascade(images)
+    for dtype in (torch.bool, torch.int64, torch.float16):
+        given = output._replace(decisions=output.decisions.to(dtype))
+        torch.testing.assert_close(cascade.replay(images, given), output.logits)
+
+
 def test_rules_that_let_nobody_or_everybody_stay():
     cascade, images = make_cascade(thresholds=False)
     engine = bdf.compile(cascade)

@@ -24,6 +24,7 @@ from blockdrop_fast.networks.blockdrop import BlockDrop
 from blockdrop_fast.networks.cascade import Cascade
 from blockdrop_fast.networks.exits import Exits
 from blockdrop_fast.networks.flops import flops
+from blockdrop_fast.networks.halting import HaltingPolicy
 from blockdrop_fast.networks.resnet import ResNet
 
 ROUTING_BATCH = 128
@@ -292,7 +293,7 @@ def _with_routing(
             found = torch.stack([one(batch).logits for one in engine.engines])
             last = torch.cat([sets[0], everything[None]]).sum(-1) - 1
             logits = found[last, torch.arange(len(batch), device=last.device)]
-        elif weights or _has_exits(engine):
+        elif _runs_no_sets(engine):
             logits = [engine.run(batch, *one) for one in zip(*sets, strict=True)]
             logits = torch.stack([*logits, engine.run(batch, everything)])
         else:
@@ -312,6 +313,12 @@ def _with_routing(
 
 def _has_exits(engine: Engine) -> bool:
     return isinstance(engine.model, BlockDrop) and isinstance(engine.model.policy, Exits)
+
+
+def _runs_no_sets(engine: Engine) -> bool:
+    """Whether only ``run`` replays the model's decisions."""
+    policy = engine.model.policy if isinstance(engine.model, BlockDrop) else None
+    return _has_exits(engine) or (isinstance(policy, HaltingPolicy) and not policy.hard)
 
 
 def summarise(

@@ -89,13 +89,13 @@ class Cascade(nn.Module):
     def replay(self, images: Tensor, output: Output) -> Tensor:
         """(B, 3, H, W) images -> (B, num_classes) of the last network of each image's decisions."""
         logits = torch.stack([_logits(network(images)) for network in self.networks])
-        check_decisions(
+        decisions = check_decisions(
             output.decisions,
             batch=len(images),
             num_blocks=len(self.networks),
             device=images.device,
         )
-        return logits[output.decisions.sum(1) - 1, torch.arange(len(images))]
+        return logits[decisions.sum(1) - 1, torch.arange(len(images))]
 
 
 def backbone_of(network: Member) -> ResNet:

@@ -44,6 +44,15 @@ def test_given_decisions():
     found = bdf.evaluate(engine, batches, lambda images: torch.ones(len(images), 5))
     assert found.block_usage == 5
     assert found.routing_gain == 0
+    decisions = engine.decide(images)  # without the weights that halting gives with them
+    labels = torch.cat([one for _, one in batches])
+    found = bdf.evaluate(engine, [(images, labels)], lambda _: decisions, shuffles=3)
+    right = [
+        engine.run(images, one).argmax(1) == labels for one in shuffled_decisions(decisions, 3)
+    ]
+    assert found.routing_gain == pytest.approx(
+        found.accuracy - torch.stack(right).double().mean().item()
+    )
     model, _ = make_gated_model("exits")
     with pytest.raises(ValueError, match="decide: expected none, a model with exits"):
         bdf.evaluate(bdf.compile(model), batches, lambda images: torch.ones(len(images), 5))
