@@ -50,8 +50,12 @@ def collect(
         decisions.append(output.decisions.cpu())
         labels.append(batch_labels.cpu())
         correct.append((output.logits.argmax(1) == batch_labels).cpu())
-    unit = "network" if isinstance(engine, CascadeEngine) else "block"
-    return Results(torch.cat(decisions), torch.cat(labels), torch.cat(correct), unit)
+    return Results(torch.cat(decisions), torch.cat(labels), torch.cat(correct), unit_of(engine))
+
+
+def unit_of(engine: Engine | CascadeEngine) -> str:
+    """What is decided on: the ``unit`` of ``Results``."""
+    return "network" if isinstance(engine, CascadeEngine) else "block"
 
 
 def choose_examples(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from blockdrop_fast.commands.evaluate import prepare_policy, static_accuracies
-from blockdrop_fast.commands.outcomes import collect
+from blockdrop_fast.commands.outcomes import Results, unit_of
 from blockdrop_fast.commands.report_page import Findings, Latency, page
 from blockdrop_fast.data.batches import Batches, batches_of
 from blockdrop_fast.data.image_sets import ImageFolder, ImageSet, Normalization
@@ -20,7 +20,7 @@ from blockdrop_fast.executors.cascade import CascadeEngine
 from blockdrop_fast.files import check_new_file, write_text
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure import timing
-from blockdrop_fast.measure.evaluation import evaluate
+from blockdrop_fast.measure.evaluation import evaluate_each
 from blockdrop_fast.measure.tolerance import CHECKED_IMAGES, make_output_reference, make_reference
 
 ROUTING_IMAGES = 10_000
@@ -66,17 +66,29 @@ def command(
 
     accuracies = static_accuracies(checkpoint, engine, dataset, images, only_kept=True)
     complete = compile(engine.backbone, dtype=engine.dtype)
+    labels, tops = [], []
+
+    def with_complete() -> Iterator[tuple[Tensor, Tensor]]:
+        """The split, each batch run through the complete network while it is there."""
+        for some, batch_labels in images(split):
+            top = complete(some).logits.float().softmax(1).max(1)
+            right = top.indices.cpu() == batch_labels.cpu()
+            labels.append(batch_labels.cpu())
+            tops.append(torch.stack([top.values.cpu(), right.float()]))
+            yield some, batch_labels
+
+    evaluation, decisions, correct = evaluate_each(
+        engine, with_complete(), routing_images=ROUTING_IMAGES, static_accuracies=accuracies
+    )
     found = Findings(
         title=checkpoint.stem if checkpoint.suffix else str(checkpoint),
         split=split,
         layers=(1,) * len(engine.engines)
         if isinstance(engine, CascadeEngine)
         else engine.config.layers,
-        results=collect(engine, split, normalization, batch_size),
-        evaluation=evaluate(
-            engine, images(split), routing_images=ROUTING_IMAGES, static_accuracies=accuracies
-        ),
-        complete=_complete(complete, split, normalization, batch_size),
+        results=Results(decisions, torch.cat(labels), correct, unit_of(engine)),
+        evaluation=evaluation,
+        complete=torch.cat(tops, 1),
         latencies=_time(engine, complete, split, normalization, batches) if batches else (),
         machine=machine_info(engine.device),
         strategy=f"{engine.strategy}: {engine.strategy_reason}",
@@ -84,19 +96,6 @@ def command(
     write_text(out, page(found))
     print(f"{split.name}: {found.evaluation.format()}")
     print(out)
-
-
-def _complete(
-    engine: Engine, split: ImageSet | ImageFolder, normalization: Normalization, batch_size: int
-) -> Tensor:
-    """(N,) of the largest probability and (N,) of being right, stacked: the complete network's."""
-    rows = []
-    for images, labels in batches_of(
-        split, batch_size, normalization=normalization, device=engine.device
-    ):
-        top = engine(images).logits.float().softmax(1).max(1)
-        rows.append(torch.stack([top.values.cpu(), (top.indices.cpu() == labels.cpu()).float()]))
-    return torch.cat(rows, 1)
 
 
 def _time(

@@ -172,6 +172,28 @@ def evaluate(
             alone do not say what is computed, ``shuffles`` below 0, or another number of static
             accuracies.
     """
+    return evaluate_each(
+        engine,
+        batches,
+        decide,
+        budget=budget,
+        shuffles=shuffles,
+        routing_images=routing_images,
+        static_accuracies=static_accuracies,
+    )[0]
+
+
+def evaluate_each(
+    engine: Engine | CascadeEngine,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    decide: Callable[[Tensor], Tensor] | None = None,
+    *,
+    budget: float | None = None,
+    shuffles: int = 5,
+    routing_images: int | None = None,
+    static_accuracies: Tensor | None = None,
+) -> tuple[Evaluation, Tensor, Tensor]:
+    """``evaluate``, and of each image its decisions, (N, K) bool, and whether right, (N,) bool."""
     cascade = isinstance(engine, CascadeEngine)
     if not cascade and not isinstance(engine, Engine):
         raise TypeError(f"engine: expected one of compile, got {type(engine).__name__}")
@@ -211,9 +233,8 @@ def evaluate(
     if not all_decisions or not sum(map(len, all_decisions)):
         raise ValueError("batches: no images to evaluate")
     model = engine.model if decide is None else engine.backbone
-    evaluation = summarise(
-        model, torch.cat(all_decisions), torch.cat(all_correct), tuple(image_size)
-    )
+    decisions, correct = torch.cat(all_decisions), torch.cat(all_correct)
+    evaluation = summarise(model, decisions, correct, tuple(image_size))
     if shuffles and varies:
         evaluation = _with_routing(evaluation, engine, drawn, shuffles)
     if static_accuracies is not None:
@@ -222,7 +243,7 @@ def evaluate(
             static_accuracy=at_usage(static_accuracies, evaluation.block_usage),
             envelope_accuracy=at_usage(concave_envelope(static_accuracies), evaluation.block_usage),
         )
-    return evaluation
+    return evaluation, decisions, correct
 
 
 def _check_batch(images: Tensor, labels: Tensor, num_classes: int) -> None:

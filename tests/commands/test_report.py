@@ -8,10 +8,11 @@ import torch
 
 import blockdrop_fast as bdf
 from blockdrop_fast.commands import cli
-from blockdrop_fast.commands.outcomes import Results
+from blockdrop_fast.commands import report as report_module
+from blockdrop_fast.commands.outcomes import Results, collect
 from blockdrop_fast.commands.report_page import Findings, Latency, page
 from blockdrop_fast.data.batches import load_digits
-from blockdrop_fast.data.image_sets import ImageSet
+from blockdrop_fast.data.image_sets import NO_NORMALIZATION, ImageSet
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure.evaluation import evaluate
 from tests.random_networks import make_gated_model, make_look_model
@@ -70,6 +71,29 @@ def test_stands_alone_and_tells_what_was_found(checkpoint, tmp_path, capsys):
     assert "complete, PyTorch: " in texts
     assert str(out) in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_split_is_run_once(checkpoint, tmp_path, monkeypatch):
+    """Batches are made once; what is found of them is what their own pass would find."""
+    made, found, batches_of = [], [], report_module.batches_of
+
+    def counted(*arguments, **options):
+        made.append(arguments)
+        return batches_of(*arguments, **options)
+
+    monkeypatch.setattr(report_module, "batches_of", counted)
+    monkeypatch.setattr(report_module, "page", lambda findings: found.append(findings) or "")
+    options = ("--limit", 80, "--batch-size", 32, "--batches")
+    assert report(checkpoint, "--out", tmp_path / "report.html", *options) == 0
+    assert len(made) == 1
+    (one,), model = found, bdf.load(checkpoint)
+    alone = collect(bdf.compile(model), one.split, NO_NORMALIZATION, 80)
+    assert torch.equal(one.results.decisions, alone.decisions)
+    assert torch.equal(one.results.labels, alone.labels)
+    assert torch.equal(one.results.correct, alone.correct)
+    complete = collect(bdf.compile(model.backbone), one.split, NO_NORMALIZATION, 80)
+    assert torch.equal(one.complete[1].bool(), complete.correct)
+    assert one.evaluation.accuracy == float(alone.correct.double().mean())
 
 
 @pytest.mark.slow
