@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,6 +66,11 @@ def write_json(path: Path, content: Any) -> None:
         OSError: see ``atomic_write``.
     """
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def json_checksum(content: Any) -> str:
+    """Of what a JSON file holds, or will hold, however it is written."""
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def remove_leftovers(path: Path) -> None:

@@ -16,6 +16,7 @@ from blockdrop_fast.data.image_sets import Dataset
 from blockdrop_fast.files import write_json, write_text
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure.tolerance import WrongLogitsError
+from blockdrop_fast.networks.checkpoint_files import read_first_values
 from train.config import Reproduce
 from train.frontier.evaluation import evaluate_systems
 from train.frontier.figure import draw_flops, draw_times
@@ -27,7 +28,7 @@ from train.reproduction.points import PARTS, Point, points_of, system_of
 from train.reproduction.runs import Run, closure, runs_of, stage_of
 from train.reproduction.scales import DIGITS, PAPER, QUICK, Scale
 from train.reproduction.tables import TITLES, table1, table2, table3, table_of_times
-from train.run_files import METRICS_FILE, described, same_value, shown
+from train.run_files import STATE_FILE, described, same_value, shown
 from train.stages import Stage
 
 WHAT_FILE = "reproduction.json"
@@ -142,7 +143,8 @@ def _stage(name: str, run: Run, config: Reproduce, scale: Scale, stages: dict[st
 
 def _usage(stage: Stage) -> int:
     """Rounded mean blocks on test images, at least one, of a complete run."""
-    last = json.loads((stage.config.out / METRICS_FILE).read_text())[-1]
+    # Not of metrics.json, in which a damaged digit would not be noticed.
+    last = json.loads(read_first_values(stage.config.out / STATE_FILE)["history"])[-1]
     return max(1, round(last["test_sparsity"]))
 
 

@@ -1,7 +1,7 @@
 """The static line: how good a backbone is with one set of blocks, of each size, for all images.
 
 What a policy that decides by the image has to beat. The sets are found by greedy backward
-elimination, on training images, and kept in a file beside the checkpoint.
+elimination, on training images, and kept in a file beside the checkpoint, with a checksum.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockdrop_fast.engine import Engine
-from blockdrop_fast.files import write_json
+from blockdrop_fast.files import json_checksum, write_json
 from blockdrop_fast.networks.checkpoints import locate
 
 CRITERION = "cross entropy"
+CHECKSUM = "crc32"  # of all else in a line's file: trainings go by it
 # Rows of activations that one call computes at most, whatever the number of sets.
 ROWS = 1024
 
@@ -241,15 +242,16 @@ def _digest(digest: hashlib._Hash, tensor: Tensor) -> None:
 
 
 def _read(path: Path) -> dict:
-    """What a line's file holds; empty where there is none, or none that can be read."""
+    """What a line's file holds; empty where there is none, or it is damaged."""
     try:
         kept = json.loads(path.read_text())
-    except (OSError, ValueError):
+        intact = kept.pop(CHECKSUM) == json_checksum(kept)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return kept if isinstance(kept, dict) else {}
+    return kept if intact else {}
 
 
 def _write(path: Path, values: dict) -> None:
     """Write a line's file, where its folder can be written."""
     with contextlib.suppress(OSError):
-        write_json(path, values)
+        write_json(path, values | {CHECKSUM: json_checksum(values)})

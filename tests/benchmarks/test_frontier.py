@@ -318,6 +318,21 @@ def test_evaluations_survive_a_kill(files, data, evaluated, monkeypatch):
     assert len(evaluated) == 2
 
 
+def test_a_damaged_evaluation_is_made_anew(files, data, evaluated):
+    whole = run(files, data, FEW)["evaluations"]
+    path = files / "out" / "frontier.json"
+    damaged = json.loads(path.read_text())
+    first, second = damaged["evaluations"].values()
+    first["accuracy"] += 0.001
+    del second["crc32"]  # of an earlier version
+    path.write_text(json.dumps(damaged))
+    assert run(files, data, FEW)["evaluations"].keys() == whole.keys()
+    assert len(evaluated) == 3
+    assert json.loads(path.read_text())["evaluations"] == whole | {
+        key: values for key, values in damaged["evaluations"].items() if values is second
+    }
+
+
 @pytest.mark.slow
 def test_times(files, data, monkeypatch):
     seen, interleave = {}, times.timing.interleave

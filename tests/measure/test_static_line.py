@@ -122,6 +122,20 @@ def test_file_is_read_until_weights_or_images_change(engine, batches, line, tmp_
     cached_static_line(tmp_path / "nowhere" / "model.safetensors", engine, batches)
 
 
+def test_a_damaged_file_is_never_taken_for_a_line(line, tmp_path):
+    path, values = tmp_path / "line.json", {"key": "0f", "accuracies": {"a": [0.25]}}
+    static_line_module._write(path, line.to_dict() | values)
+    whole = path.read_bytes()
+    kept = static_line_module._read(path)
+    assert kept == line.to_dict() | values
+    for at in range(len(whole)):
+        for byte in (whole[at] ^ 1, ord("7")):
+            path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+            assert static_line_module._read(path) in ({}, kept)
+    path.write_text("[]")
+    assert static_line_module._read(path) == {}
+
+
 def test_kept_accuracies(engine, batches, tmp_path, monkeypatch):
     checkpoint, passes = tmp_path / "model.safetensors", []
     real = static_line_module.set_accuracies

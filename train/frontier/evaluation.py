@@ -14,13 +14,15 @@ from torch import Tensor, nn
 import blockdrop_fast as bdf
 from blockdrop_fast.data.batches import batches_of
 from blockdrop_fast.data.image_sets import Dataset
-from blockdrop_fast.files import write_json
+from blockdrop_fast.files import json_checksum, write_json
 from blockdrop_fast.machine import machine_info
 from blockdrop_fast.measure.evaluation import Evaluation, evaluate, summarise
 from blockdrop_fast.measure.static_line import fingerprint
 from blockdrop_fast.networks.checkpoints import locate
 from train.frontier.systems import Loaded
 from train.images import EVALUATION_BATCH, plain_batches
+
+CHECKSUM = "crc32"
 
 
 def evaluate_systems(loaded: Sequence[Loaded], dataset: Dataset, path: Path) -> list[Evaluation]:
@@ -41,15 +43,23 @@ def evaluate_systems(loaded: Sequence[Loaded], dataset: Dataset, path: Path) -> 
     found = []
     for number, one in enumerate(loaded, 1):
         key = _key(one, images)
-        if key not in content["evaluations"]:
+        if not _is_intact(content["evaluations"].get(key)):
             print(f"{number}/{len(loaded)}: {one.system.name}", flush=True)
             evaluation = _evaluate(one, dataset)
-            about = {"commit": machine_info()["commit"]}
-            content["evaluations"][key] = evaluation.to_dict() | about
+            values = evaluation.to_dict() | {"commit": machine_info()["commit"]}
+            content["evaluations"][key] = values | {CHECKSUM: json_checksum(values)}
             write_json(path, content)
         values = content["evaluations"][key]
         found.append(Evaluation(**{name: values[name] for name in _measured()}))
     return found
+
+
+def _is_intact(values: object) -> bool:
+    """Whether a kept evaluation is what was written; older ones have no checksum."""
+    if not isinstance(values, dict):
+        return False
+    others = {name: value for name, value in values.items() if name != CHECKSUM}
+    return CHECKSUM not in values or values[CHECKSUM] == json_checksum(others)
 
 
 def _evaluate(one: Loaded, dataset: Dataset) -> Evaluation:
