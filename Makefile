@@ -11,7 +11,6 @@ PYTHON ?= python3
 TORCH ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?= --quick
-MINUTES ?= 20
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,11 +20,12 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
 SOURCES := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+ON_GPU = PYTHON=$(PYTHON) BLOCKDROP_GPU_SECONDS=$$((60 * $(MINUTES)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test quick sanitize tsan fuzz faults kills load audit bench bench-guard lint types package format clean \
-    check-aarch64 check-cuda-build gpu gpu-check gpu-bench gpu-decide
+    check-aarch64 check-cuda-build gpu-extension gpu gpu-check gpu-bench gpu-decide
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
@@ -80,6 +80,7 @@ check-aarch64: install ## compile the C++ kernels for aarch64, and run the walk'
 tsan: install ## run the CPU walk's queue, parts and gates under ThreadSanitizer, and plant races
 	$(BIN)/pytest tests/ops/test_walk_queue.py $(PYTEST_FLAGS)
 
+load: MINUTES ?= 20
 load: install ## eight threads on one engine and on eight, tiny networks and real ones (MINUTES=20)
 	$(BIN)/python -m tests.load --minutes $(MINUTES)
 
@@ -127,19 +128,22 @@ format: install ## put all sources into format
 check-cuda-build: ## build and test the CUDA wheel, no GPU needed (10 minutes, downloads 5 GB)
 	PYTHON=$(PYTHON) .ci/check-cuda-build
 
-# Figures are worth having even where a check fails; they are marked then.
-gpu: ## on a machine with a GPU, no network needed: the three that follow
-	status=0; for step in gpu-check gpu-bench gpu-decide; do $(MAKE) $$step || status=1; done; \
-	    exit $$status
+gpu-extension: ## build the CUDA extension for a machine with a GPU, no GPU needed (as above)
+	PYTHON=$(PYTHON) .ci/check-cuda-build build
 
-gpu-check: ## build with the torch installed there, GPU tests, sanitizer (8 minutes)
-	PYTHON=$(PYTHON) .ci/gpu-check
+gpu: MINUTES ?= 24
+gpu: ## on a machine with a GPU, no network needed: the three that follow (MINUTES=24)
+	$(ON_GPU) .ci/gpu
 
-gpu-bench: ## the GPU's figures, and which targets they meet (8 minutes; again: goes on)
-	PYTHON=$(PYTHON) .ci/gpu-bench
+gpu-check gpu-bench gpu-decide: MINUTES ?= 8
+gpu-check: ## build with the torch installed there, GPU tests, sanitizer (MINUTES=8; again: goes on)
+	$(ON_GPU) .ci/gpu-check
 
-gpu-decide: ## profile, tune, calibrate: what `auto` goes by there from then on (8 minutes)
-	PYTHON=$(PYTHON) .ci/gpu-bench decide
+gpu-bench: ## the GPU's figures, and which targets they meet (MINUTES=8; again: goes on)
+	$(ON_GPU) .ci/gpu-bench
+
+gpu-decide: ## tune, calibrate: what `auto` goes by there from then on (MINUTES=8; again: goes on)
+	$(ON_GPU) .ci/gpu-bench decide
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info blockdrop_fast/_C.*.so blockdrop_fast/_build_record.json

@@ -84,13 +84,15 @@ BUILD_FAILED = f"""
 class BuildChoice:
     """What to compile, and why the rest is not.
 
-    ``cuda_sources`` says which CUDA kernels: see blockdrop_fast/executors/proven.py.
+    ``cuda_sources`` says which CUDA kernels: see blockdrop_fast/executors/proven.py; ``cuda_archs``
+    for which GPUs, as a TORCH_CUDA_ARCH_LIST.
     """
 
     torch: str | None
     why_no_extension: str = ""
     why_no_cuda: str = ""
     cuda_sources: str = ""
+    cuda_archs: str = ""
 
     def write(self, package_dir: Path) -> None:
         """Record the choice beside the installed modules, for ``blockdrop info``."""
@@ -125,7 +127,8 @@ def choose_build() -> BuildChoice:
     if cuda_missing:
         warn(f"{cuda_missing}: building the CPU kernels only")
         return BuildChoice(torch.__version__, why_no_cuda=cuda_missing)
-    return BuildChoice(torch.__version__, cuda_sources=hash_cuda_sources())
+    archs = cuda_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS)
+    return BuildChoice(torch.__version__, cuda_sources=hash_cuda_sources(), cuda_archs=archs)
 
 
 def locate_cuda() -> None:
@@ -227,12 +230,11 @@ def make_extension(choice: BuildChoice):
         *((f"BLOCKDROP_HAVE_{isa.upper()}", "1") for isa in isa_variants()),
     ]
     if cuda:
-        archs = cuda_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # torch's builder reads it
+        os.environ["TORCH_CUDA_ARCH_LIST"] = choice.cuda_archs  # torch's builder reads it
         macros += [
             ("BLOCKDROP_WITH_CUDA", "1"),
             ("BLOCKDROP_CUDA_VERSION", f'"{torch.version.cuda}"'),
-            ("BLOCKDROP_CUDA_ARCHS", f'"{archs.replace(";", " ")}"'),
+            ("BLOCKDROP_CUDA_ARCHS", f'"{choice.cuda_archs.replace(";", " ")}"'),
         ]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))

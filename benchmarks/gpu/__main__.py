@@ -3,7 +3,8 @@
 `make gpu-bench` and `make gpu-decide` run this. It needs no network, and no package beyond what
 blockdrop_fast imports. Each cell is a process of its own: one that fails, hangs or loses the GPU
 loses no other. It begins none that its time would not do for, writes its files after every cell,
-and goes on where an earlier run of the same code on the same machine stopped.
+keeps the batch sizes that one was done with when its time was up, and goes on where an earlier run
+of the same code on the same machine stopped.
 
     bench     the walk and gather against complete networks
     decide    crossover tables, and configurations of the Triton kernels, which engines go by
@@ -78,8 +79,9 @@ def measure_cell(cell: Cell, folder: Path, left: float, environ: Mapping[str, st
     """A cell's result, without the contenders that took its process with them.
 
     Returns:
-        With "why" if there is none, and "failed" if that is a fault; with "dropped" if contenders
-        are missing, and why.
+        With "why" if there is none, and "failed" if that is a fault; with "incomplete", which says
+        what is missing, where the time was up before all of it was measured; with "dropped" if
+        contenders are missing, and why.
     """
     started, dropped = time.monotonic(), {}
     while True:
@@ -87,9 +89,15 @@ def measure_cell(cell: Cell, folder: Path, left: float, environ: Mapping[str, st
         limit = max(1.0, min(3 * cell.seconds, seconds))
         with tempfile.TemporaryDirectory() as scratch:
             result, who, why = _run(cell, folder, Path(scratch), list(dropped), limit, environ)
+            part = Path(scratch) / "result"
+            so_far = json.loads(part.read_text()) if part.exists() else None
         if result is not None:
             break
         seconds = left - (time.monotonic() - started)
+        if seconds < 1:
+            up = f"the time was up, at {who}" if who else "the time was up"
+            result = so_far or {"why": up}
+            break
         if who:
             dropped[who] = why
         # torch.compile has a round of its own: without it there is nothing new to measure.
@@ -172,13 +180,19 @@ def main(arguments: list[str], environ: Mapping[str, str] = os.environ) -> int:
     }
     for cell in cells.STAGES[stage]:
         left = budget - (time.monotonic() - started)
-        if "why" not in content["cells"].get(cell.name, {"why": "not yet measured"}):
+        before = content["cells"].get(cell.name, {"why": "not yet measured"})
+        if not {"why", "incomplete"} & before.keys():
             continue
         if left < cell.seconds:
             content["left_out"].append(cell.name)
         else:
             print(f"-- {cell.name} ({left:.0f} s left)", flush=True)
-            content["cells"][cell.name] = measure_cell(cell, folder, left, environ)
+            result = measure_cell(cell, folder, left, environ)
+            # Something is better than nothing.
+            if "why" not in result or "incomplete" not in before:
+                content["cells"][cell.name] = result
+            if left - result["took_seconds"] < 1 and {"why", "incomplete"} & result.keys():
+                content["left_out"].append(cell.name)
         write(content, folder)
     write(content, folder)
     record = measured.user_file(proven.FILE_NAME)

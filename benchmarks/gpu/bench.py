@@ -8,6 +8,7 @@ then, so that the parent can try again without it.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import re
 import time
@@ -24,7 +25,9 @@ from torch import nn
 
 from blockdrop_fast.engine import compile
 from blockdrop_fast.executors import crossover
+from blockdrop_fast.executors.gather_graph import GraphGatherExecutor
 from blockdrop_fast.executors.recording import tuned_convolutions
+from blockdrop_fast.files import write_json
 from blockdrop_fast.measure import baselines, calibration
 from blockdrop_fast.measure.baselines import UnavailableError
 from blockdrop_fast.measure.contenders import build, measure
@@ -94,6 +97,7 @@ class Bench:
         folder: of the results.
         without: contenders that are left out, as they took an earlier process with them.
         progress: a file that says which contender is attempted; None: nobody wants to know.
+        result: a file for what there is of a cell's result before all of it is.
         dropped: contenders that raised, and why.
     """
 
@@ -101,6 +105,7 @@ class Bench:
     folder: Path
     without: frozenset[str] = frozenset()
     progress: Path | None = None
+    result: Path | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     _everything: dict[str, Workload] = field(default_factory=dict)
 
@@ -161,10 +166,12 @@ class Bench:
         """A round-robin of contenders at each of some batch sizes."""
         rows, unavailable, engines = [], {}, {}
         batches = tuple(dict.fromkeys(self.scale.batch(size) for size in sizes))
-        for batch in batches:
+        for i, batch in enumerate(batches):
             workload = self.workload(family, batch, decisions)
             names = [one for one in contenders if one not in {*self.without, *self.dropped}]
             rounds, host = self.scale.rounds, batch == 1
+            if any(name.startswith("gather") for name in names):
+                self._compile_gather(workload, batch)
             measured = measure(
                 workload, batch, names, rounds=rounds, host=host, attempt=self.attempt
             )
@@ -172,14 +179,32 @@ class Bench:
             unavailable |= measured.unavailable
             # An engine may run otherwise than it was asked to, and says so.
             engines |= workload.engine_reasons()
-        usage = workload.decisions.sum(1).double()
-        return {
-            "batches": batches,
-            "given_usage": [float(usage.mean()), float(usage.std(correction=0))],
-            "rows": rows,
-            "unavailable": unavailable,
-            "engines": engines,
-        }
+            usage = workload.decisions.sum(1).double()
+            result = {
+                "batches": batches,
+                "given_usage": [float(usage.mean()), float(usage.std(correction=0))],
+                "rows": rows,
+                "unavailable": unavailable,
+                "engines": engines,
+            }
+            if left := batches[i + 1 :]:
+                self._save(result | {"incomplete": f"batch {', '.join(map(str, left))} left"})
+        return result
+
+    def _compile_gather(self, workload: Workload, batch: int) -> None:
+        """The kernels of gather's engines, at the same time; they are in Triton's cache then."""
+        if self.scale.rehearsal:
+            return
+        from blockdrop_fast.triton_kernels.gathered_conv import compiling_together
+
+        with self.attempt("gather's kernels compiled together"), compiling_together():
+            folded = fold_network(workload.model.backbone, workload.dtype)
+            executor = GraphGatherExecutor(folded, launch="universal")
+            executor.run(workload.images[:batch], workload.decisions[:batch])
+
+    def _save(self, result: dict) -> None:
+        if self.result is not None:
+            write_json(self.result, result)
 
     def memory(self, family: str, size: int) -> dict:
         """Peak memory of the gather engine and of complete networks, weights included.
@@ -260,8 +285,12 @@ class Bench:
             crossover.save(config, workload.dtype, device, cells, path)
         return {"cells": [asdict(cell) for cell in cells]}
 
-    def tune(self, family: str, size: int, seconds: float) -> dict:
-        """The configurations of gather's convolutions, those with the most arithmetic first."""
+    def tune(self, family: str, size: int, seconds: float, after: str = "") -> dict:
+        """The configurations of gather's convolutions, those with the most arithmetic first.
+
+        Args:
+            after: a cell that has tuned some of them.
+        """
         if self.scale.rehearsal:
             raise UnavailableError("Triton's kernels are timed on a GPU")
         from blockdrop_fast.measure import tune  # needs triton
@@ -269,13 +298,20 @@ class Bench:
         started, entries = time.monotonic(), []
         workload = self.all_images(family)
         shapes = _shapes(workload.model.backbone, workload.images[:1])
+        if after:
+            cells = json.loads((self.folder / "gpu.json").read_text())["cells"]
+            shapes = shapes[cells.get(after, {}).get("shapes", 0) :]
         for shape in shapes:
             if time.monotonic() - started > seconds:
                 break
             entries += tune.tune([shape], workload.dtype, size)
-        gpu = torch.cuda.get_device_name(self.scale.device)
-        tune.write_table(self.folder / tune.table_name(gpu), entries, gpu)
-        return {"shapes": len(shapes), "entries": [asdict(entry) for entry in entries]}
+            gpu = torch.cuda.get_device_name(self.scale.device)
+            tune.write_table(self.folder / tune.table_name(gpu), entries, gpu)
+        return {
+            "shapes": len(entries),  # one entry each
+            "left": len(shapes) - len(entries),
+            "entries": [asdict(entry) for entry in entries],
+        }
 
     def profile(self) -> dict:
         """The walk's launches at batch 1024 and 1, for a profiler around this process."""

@@ -225,6 +225,8 @@ def _describe_cell(result: Mapping) -> list[str]:
     if "rows" in result:
         rows = [Row(**one) for one in result["rows"]]
         lines.append(format_rows(rows))
+        if "incomplete" in result:
+            lines.append(f"the time was up: {result['incomplete']}")
         lines += [f"not timed: {who} ({why})" for who, why in result["unavailable"].items()]
         lines += [f"engine {which}: {reason}" for which, reason in result["engines"].items()]
         return lines + [

@@ -23,7 +23,7 @@ from blockdrop_fast.triton_kernels.config import (
     shared_bytes,
     table_name,
 )
-from blockdrop_fast.triton_kernels.gathered_conv import launch_gathered_conv
+from blockdrop_fast.triton_kernels.gathered_conv import compiling_together, launch_gathered_conv
 
 # Of the rows, while timing: about what the paper's policy for ResNet-101 keeps.
 ACTIVE_SHARE = 0.75
@@ -89,9 +89,14 @@ def tune(
     entries = []
     for shape in dict.fromkeys(shapes):
         trial = _Trial(shape, dtype, rows, device)
+        configs = choices(trial.problem, shared)
+        if device.type == "cuda":
+            with compiling_together():
+                for config in configs:
+                    trial.run(config)
         times = {
             config: timer(lambda trial=trial, config=config: trial.run(config))
-            for config in choices(trial.problem, shared)
+            for config in configs
             if trial.is_right(config)
         }
         if not times:

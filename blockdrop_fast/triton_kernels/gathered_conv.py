@@ -8,6 +8,12 @@ programs without a tile leave at once. See NOTES.md for what it should cost and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +26,7 @@ from blockdrop_fast.triton_kernels.config import Config, Problem, choose_config
 PROGRAMS_PER_SM = 8
 # From so many elements on, offsets are computed in 64 bits.
 OFFSET_LIMIT = 2**31
+_only_compile: ContextVar[bool] = ContextVar("_only_compile", default=False)
 
 
 # Pointers into a plan's tensors come with any alignment; one compiled kernel serves them all.
@@ -156,8 +163,11 @@ def launch_gathered_conv(
         if on_gpu:
             properties = torch.cuda.get_device_properties(x.device)
             programs = min(programs, PROGRAMS_PER_SM * properties.multi_processor_count)
+    launch = gathered_conv_kernel[(programs,)]
+    if _only_compile.get():
+        launch = partial(gathered_conv_kernel.warmup, grid=(programs,))
     with torch.cuda.device(x.device if on_gpu else -1):  # -1: stay
-        gathered_conv_kernel[(programs,)](
+        launch(
             *(out.detach(), x.detach(), weight.detach(), bias.detach(), active, count),
             C_IN=problem.c_in,
             C_OUT=problem.c_out,
@@ -174,3 +184,24 @@ def launch_gathered_conv(
             num_warps=config.warps,
             num_stages=config.stages,
         )
+
+
+@contextmanager
+def compiling_together(threads: int | None = None) -> Iterator[None]:
+    """What is launched in here is compiled, all of it at the same time, and not run.
+
+    A kernel takes a second or two, a network has some twenty. Those that cannot be compiled are
+    left to their first launch, which raises.
+
+    Args:
+        threads: None: as many as a pool of Python's has.
+    """
+    token = _only_compile.set(True)
+    try:
+        with (
+            ThreadPoolExecutor(threads) as pool,
+            triton.AsyncCompileMode(pool, ignore_errors=True),
+        ):
+            yield
+    finally:
+        _only_compile.reset(token)

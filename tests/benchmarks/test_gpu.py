@@ -61,7 +61,8 @@ def test_rehearsal(tmp_path, no_compiler, in_process, capsys):
     assert list(found) == [cell.name for cell in (*cells.BENCH, *cells.DECIDE)]
     # What only a GPU can show says so, and the rest was measured.
     without = {name for name, cell in found.items() if "why" in cell}
-    assert without == {"cifar waits", "imagenet waits", "imagenet memory", "imagenet tune"}
+    only_on_gpu = {"cifar waits", "imagenet waits", "imagenet memory", "imagenet tune"}
+    assert without == only_on_gpu | {"imagenet tune, the rest"}
     rows = {row["contender"]: row for row in found["imagenet published 64"]["rows"]}
     assert set(rows) >= {"eager", "authors", "dense", "gather-decides", "gather-all"}
     assert all(len(row["samples"]) == 2 for row in rows.values())
@@ -143,6 +144,38 @@ def test_without_the_compiler_its_round_is_not_measured_again(tmp_path, monkeypa
     result = gpu.measure_cell(cells.Cell("a", 1, None), tmp_path, 60, {})
     assert result["failed"]
     assert result["why"] == "compile: its process ended with status 1"
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_was_measured_when_the_time_is_up_is_kept(tmp_path, monkeypatch, measured):
+    part = {"rows": [1], "incomplete": "batch 64 left"}
+    code = f"import sys, time; {measured} and open(sys.argv[1], 'w').write({json.dumps(part)!r}); "
+    pretend(monkeypatch, code + "open(sys.argv[2], 'w').write('eager'); time.sleep(60)")
+    result = gpu.measure_cell(cells.Cell("a", 60, None), tmp_path, 2, {})
+    assert result.pop("took_seconds") < 10
+    # The contender has not failed, nor has the cell: both may only have been short of time.
+    assert result == (part if measured else {"why": "the time was up, at eager"})
+
+
+def test_goes_on_with_what_is_incomplete(tmp_path, monkeypatch, in_process, capsys):
+    part = {"rows": [], "unavailable": {}, "engines": {}, "incomplete": "batch 64 left"}
+    stage(monkeypatch, *make_cells({"a": part}))
+    assert run(tmp_path)[0] == 0
+    stage(monkeypatch, *make_cells({"a": RuntimeError("worse")}))
+    assert "the time was up: batch 64 left" in run(tmp_path)[2]
+    stage(monkeypatch, *make_cells({"a": {"batch": 3}}))
+    assert run(tmp_path)[1]["cells"]["a"]["batch"] == 3
+
+
+def test_batch_sizes_are_saved_one_by_one(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(bench, "write_json", lambda _, found: saved.append({**found}))
+    scale = bench.scale_here({"BLOCKDROP_GPU_BENCH_DEVICE": "cpu"})
+    setting = bench.Bench(scale, tmp_path, result=tmp_path / "result")
+    result = setting.times("cifar", (1, 64, 1024), "published", ("eager",))
+    assert [one["incomplete"] for one in saved] == ["batch 4, 64 left", "batch 64 left"]
+    assert {row["batch"] for row in result["rows"]} == {1, 4, 64}
+    assert "incomplete" not in result
 
 
 def test_what_hangs_is_stopped_with_all_its_processes(tmp_path, monkeypatch):

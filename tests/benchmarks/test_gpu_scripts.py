@@ -11,11 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Notes how it was called; fails with STATUS where that contains FAILS. Without arguments but "-"
-# it is asked for the GPU's architecture, or for the tensor that tries a sanitizer.
+# Notes how it was called, and what time it has; fails with STATUS where that contains FAILS, and
+# takes SLOW seconds where it contains "pytest".
 PYTHON = """#!/bin/bash
 echo "${BLOCKDROP_CLUSTERS:-1} $*" >> "$LOG"
-[ "$*" = - ] && echo 9.0a
+now=$(date +%s)
+case "$*" in
+  *gpu_extension.py) echo "$ARCH" ;;
+  *pytest*)
+    echo "$((${BLOCKDROP_GPU_TESTS_UNTIL:-$now} - now))" >> "$LOG.times"
+    sleep "${SLOW:-0}" ;;
+  *benchmarks.gpu*) echo "$BLOCKDROP_GPU_BENCH_SECONDS" >> "$LOG.times" ;;
+esac
 case "$*" in
   *"$FAILS"*) exit "${STATUS:-1}" ;;
 esac
@@ -34,6 +41,7 @@ class Done:
     status: int
     output: str
     calls: list[str]
+    times: list[int]
 
     @property
     def record(self) -> list[str]:
@@ -52,8 +60,10 @@ def check(tmp_path):
 
     def run(command=(ROOT / ".ci" / "gpu-check",), **environ: str) -> Done:
         log.write_text("")
+        times = tmp_path / "log.times"
+        times.write_text("")
         variables = {
-            **os.environ, "PYTHON": str(tmp_path / "python"), "LOG": str(log),
+            **os.environ, "PYTHON": str(tmp_path / "python"), "LOG": str(log), "ARCH": "9.0a",
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
             "FAILS": "nothing at all", "SANITIZER_FAILS": "nothing at all", **environ,
         }  # fmt: skip
@@ -62,8 +72,9 @@ def check(tmp_path):
         )
         # The record's "- walk" has nothing behind the dash if nothing passed.
         calls = [line if line != "1 -" else RECORD for line in log.read_text().splitlines()]
-        built = calls.index(next(call for call in calls if "setup.py" in call))
-        return Done(done.returncode, done.stdout + done.stderr, calls[built:])
+        built = next(i for i, call in enumerate(calls) if "gpu_extension.py" in call)
+        seconds = [int(line) for line in times.read_text().split()]
+        return Done(done.returncode, done.stdout + done.stderr, calls[built:], seconds)
 
     return run
 
@@ -73,13 +84,14 @@ def test_the_simplest_first_and_the_record_last(check):
     assert done.status == 0, done.output
     steps = [
         "setup.py", "small_walk or small_plan", "test_walk_half.py", "test_gather.py",
-        "sanitizer --error-exitcode", "--tool memcheck", "0 sanitizer --tool racecheck",
-        "1 sanitizer --tool racecheck", RECORD,
+        "--tool memcheck", RECORD,
     ]  # fmt: skip
     found = [next(i for i, call in enumerate(done.calls) if step in call) for step in steps]
     assert found == sorted(found)
     assert done.record == ["walk", "gather"]
     assert "passed: walk gather" in done.output
+    for tool in ("sanitizer --error-exitcode", "0 sanitizer --tool racecheck"):
+        assert any(tool in call for call in done.calls)
     files = {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
     assert all(any(name in call for call in done.calls) for name in files)
 
@@ -112,6 +124,46 @@ def test_findings_of_the_sanitizer_count(check):
     assert done.status == 1
     assert "memcheck: FINDINGS" in done.output
     assert done.record == []
+
+
+def test_what_fits_is_not_compiled(check):
+    assert any("setup.py" in call for call in check().calls)
+    done = check(ARCH="")
+    assert done.record == ["walk", "gather"]
+    assert not any("setup.py" in call for call in done.calls)
+
+
+def test_what_the_time_was_not_enough_for_has_neither_passed_nor_failed(check):
+    done = check(FAILS="test_gather.py", STATUS="75")
+    assert done.status == 0
+    assert "run again to go on" in done.output
+    assert done.record == ["walk"]
+
+
+LATE = 60  # seconds that a busy machine may take for what takes none
+
+
+def test_steps_share_the_time(check):
+    """Until when tests may begin, in seconds from then: the first kernels, the walk, gather."""
+    first, walk, gather = check(BLOCKDROP_GPU_SECONDS="615").times
+    assert 45 - LATE <= first <= 45
+    assert 300 - LATE <= walk <= 300  # half of 600
+    assert 510 - LATE <= gather <= 510
+    # What one leaves is the next one's.
+    first, walk, gather = check(BLOCKDROP_GPU_SECONDS="615", SLOW="2").times
+    assert 298 - LATE <= walk <= 298
+    assert 506 - LATE <= gather <= 506
+
+
+def test_all_of_it_in_one_time(check):
+    done = check(command=("make", "gpu", "MINUTES=11"))
+    assert done.status == 0, done.output
+    _, walk, gather, bench, decide = done.times
+    checked = 660 * 45 // 100 - 15
+    assert checked // 2 - LATE <= walk <= checked // 2
+    assert checked * 85 // 100 - LATE <= gather <= checked * 85 // 100
+    assert 660 * 80 // 100 - 20 - LATE <= bench <= 660 * 80 // 100 - 20
+    assert 660 - 20 - LATE <= decide <= 660 - 20
 
 
 @pytest.mark.parametrize("status", ["124", "137"])

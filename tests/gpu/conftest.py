@@ -5,6 +5,17 @@ import os
 import pytest
 import torch
 
+from tests.gpu import bounded
+
+
+def pytest_configure(config) -> None:
+    bounded.configure(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return bounded.num_processes()
+
 
 def _poison() -> None:
     """What kernels forget to write, or read without need, is NaN.

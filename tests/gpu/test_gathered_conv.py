@@ -74,13 +74,17 @@ def test_gathered_conv_of_real_networks(dtype, convs):
         run_conv(kernel_size, stride, shape, 11, form, dtype, images=16)
 
 
+# 36 kernels, a second or two of compilation each: in parts, for several processes.
 @pytest.mark.parametrize("channels", [64, 256])
-def test_3x3_gathered_conv_in_all_configurations(channels):
+@pytest.mark.parametrize("stages", [2, 3, 4, 6])
+def test_3x3_gathered_conv_in_all_configurations(channels, stages):
     """Triton's own 3x3 convolutions have been wrong in some; here on loops unrolled and not."""
     from blockdrop_fast.triton_kernels.config import Problem, candidates
 
     problem = Problem(3, 1, channels, channels, 196, "bfloat16", rows=8)
-    for config in candidates(problem, _shared_bytes()):
+    configs = candidates(problem, _shared_bytes())
+    assert {config.stages for config in configs} <= {2, 3, 4, 6}
+    for config in (one for one in configs if one.stages == stages):
         shape = (channels, channels, 14, 14)
         choices = {"config": config, "images": 8}
         run_conv(3, 1, shape, 7, "gather-scatter", **choices)

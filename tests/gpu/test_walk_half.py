@@ -30,7 +30,7 @@ from tests.random_networks import make_policy, random_decisions, random_images
 
 pytestmark = on_gpu
 DTYPES = [torch.bfloat16, torch.float16]
-THREAD_SECONDS = 60
+THREAD_SECONDS = 20
 make_images = partial(random_images, device="cuda")
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -19,7 +21,11 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from blockdrop_fast.triton_kernels import config as configs  # noqa: E402
 from blockdrop_fast.triton_kernels.config import Problem, default_config  # noqa: E402
-from blockdrop_fast.triton_kernels.gathered_conv import gathered_conv_kernel  # noqa: E402
+from blockdrop_fast.triton_kernels.gathered_conv import (  # noqa: E402
+    compiling_together,
+    gathered_conv_kernel,
+    launch_gathered_conv,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -170,3 +176,36 @@ def run_tool(option: str, machine_code: Path) -> str:
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+class _Driver:
+    """What a launch asks of a GPU before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def test_compiled_together_is_what_launches_find(tmp_path, monkeypatch):
+    """Each kernel once, whatever else fails, and nothing is run."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    caches = defaultdict(gathered_conv_kernel.create_binder)
+    monkeypatch.setattr(gathered_conv_kernel, "device_caches", caches)
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    x = torch.full((2, 16, 5, 5), torch.nan, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.zeros_like(x)
+    active, count = torch.arange(2, dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    operands = (out, x, torch.zeros(16, 16).bfloat16(), torch.zeros(16), active, count)
+    choices = [configs.Config(64, 16, 16, 4, stages) for stages in (2, 3)]
+    for _ in range(2):
+        with compiling_together(2):
+            for config in choices:
+                launch_gathered_conv(*operands, 1, 1, True, False, config=config)
+    assert len(caches[0][0]) == len(choices)
+    assert (out == 0).all()
