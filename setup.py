@@ -39,6 +39,9 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "blockdrop_fast"
 RECORD_NAME = "_build_record.json"  # read by blockdrop_fast/_extension.py
+# That module cannot be imported here: the package imports torch.
+LOADER = (ROOT / PACKAGE / "_extension.py").read_text()
+INTERFACE = int(re.search(r"^INTERFACE = (\d+)$", LOADER, re.MULTILINE).group(1))
 
 # sm_90a: the matrix instructions and clusters of Hopper are not in plain sm_90. PTX of 8.0 lets
 # newer GPUs compile the kernels when they are loaded.
@@ -85,7 +88,8 @@ class BuildChoice:
     """What to compile, and why the rest is not.
 
     ``cuda_sources`` says which CUDA kernels: see blockdrop_fast/executors/proven.py; ``cuda_archs``
-    for which GPUs, as a TORCH_CUDA_ARCH_LIST.
+    for which GPUs, as a TORCH_CUDA_ARCH_LIST; ``interface`` which Python they fit: see
+    blockdrop_fast/_extension.py.
     """
 
     torch: str | None
@@ -93,6 +97,7 @@ class BuildChoice:
     why_no_cuda: str = ""
     cuda_sources: str = ""
     cuda_archs: str = ""
+    interface: int = INTERFACE
 
     def write(self, package_dir: Path) -> None:
         """Record the choice beside the installed modules, for ``blockdrop info``."""

@@ -15,6 +15,9 @@ import torch
 
 MODULE = "blockdrop_fast._C"
 REBUILD = "pip install --no-build-isolation <the blockdrop_fast source>"
+# Of compiled kernels: raised where the arguments or packed weights of an operator mean something
+# else. A checkout's kernels may be older than its Python. Read by setup.py.
+INTERFACE = 1
 # Written by setup.py: what was asked for, what was built, and why the rest was not.
 BUILD_RECORD = Path(__file__).with_name("_build_record.json")
 
@@ -76,6 +79,9 @@ def _load() -> ExtensionStatus:
     if importlib.util.find_spec(MODULE) is None:
         reason = record.get("why_no_extension") or f"it was never built; run {REBUILD}"
         return ExtensionStatus("not built", reason)
+    if record.get("interface", 1) != INTERFACE:
+        reason = f"{MODULE} was built from sources of another version, so rebuild it: {REBUILD}"
+        return ExtensionStatus("failed", reason)
     # Not even imported then: torch's C++ interface changes, and not all of it shows when linking.
     built_for = record.get("torch")
     if built_for and _release(built_for) != _release(torch.__version__):

@@ -85,10 +85,16 @@ def test_missing_extension_is_explained_and_survived():
     assert "RuntimeWarning" not in result.stderr
 
 
-def test_extension_for_another_torch_is_not_imported(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("built", "reason"), [
+    ({"torch": "2.8.0+cu130"}, f"2.8.0+cu130 and torch {torch.__version__}"),
+    ({"torch": torch.__version__, "interface": 0}, "built from sources of another version"),
+])  # fmt: skip
+def test_extension_for_another_torch_or_package_is_not_imported(
+    monkeypatch, tmp_path, built, reason
+):
     """Where it can be imported all the same, it may compute anything."""
     record = tmp_path / "record.json"
-    record.write_text(json.dumps({"torch": "2.8.0+cu130"}))
+    record.write_text(json.dumps(built))
     monkeypatch.setattr(_extension, "BUILD_RECORD", record)
     monkeypatch.setattr(_extension.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(_extension.importlib, "import_module", lambda name: pytest.fail(name))
@@ -96,7 +102,7 @@ def test_extension_for_another_torch_is_not_imported(monkeypatch, tmp_path):
         status = _extension.load_extension.__wrapped__()
     assert status.state == "failed"
     assert not status.loaded
-    for part in ("2.8.0+cu130", torch.__version__, "--no-build-isolation"):
+    for part in (reason, "--no-build-isolation"):
         assert part in status.reason
 
 
