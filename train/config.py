@@ -227,7 +227,7 @@ class Policy(Common):
     """With --usage-target: by how much a step moves the price, times the share of blocks that are
     kept too much."""
     statistics_images: int = 2000
-    """Training images over which the running batch-norm statistics of a policy network are counted
+    """Training images over which running batch-norm statistics of networks that train are counted
     anew after each epoch, without a step; 0: they stay those of the last ten steps or so."""
     static_images: int | None = None
     """Training images on which the static line is found, once in a stage: of a frozen backbone at

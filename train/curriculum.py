@@ -19,7 +19,7 @@ import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import Dataset
 from blockdrop_fast.networks.checkpoints import init_policy_from_resnet18, load_policy
 from train import distributed
-from train.batch_statistics import count_statistics
+from train.batch_statistics import count_policy
 from train.config import Curriculum
 from train.evaluation import evaluate_test, evaluation_metrics, static_accuracies_of
 from train.images import prepare
@@ -107,7 +107,7 @@ def train_policy(
             statistics.add(step.decisions[samples])
             if run.step % 20 == 0:
                 run.show(**means.items())
-        count_statistics(model, model.policy, dataset.train, config)
+        count_policy(model, dataset.train, config)
         metrics = {f"train_{name}": value for name, value in means.items().items()}
         metrics |= statistics.items("train") | {"forced_blocks": forced}
         if config.usage_target is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import blockdrop_fast as bdf
 from blockdrop_fast.measure.static_line import static_line
@@ -91,42 +91,3 @@ def random_subnetworks(
     rows = torch.randint(len(chain), (batch - drawn,), generator=generator, device=device)
     decisions[drawn:] = chain.to(device)[rows]
     return decisions
-
-
-@torch.no_grad()
-def recalibrate(
-    backbone: bdf.ResNet,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    decisions_of: Callable[[Tensor], Tensor],
-) -> None:
-    """Replace the batch-norm statistics by those at the decisions that will run.
-
-    Each layer's mean and variance become the averages, over the batches in which its block runs,
-    of those of the block's active images. A block that no image keeps has the old ones.
-
-    Args:
-        backbone: changed in place; its mode is not.
-        batches: of (images (B, 3, H, W) normalised, labels), large ones.
-        decisions_of: images -> their (B, K) decisions.
-    """
-    layers = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-    modes = {module: module.training for module in backbone.modules()}
-    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
-    statistics = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
-    backbone.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # averages over all batches
-        layer.train()
-    for images, _ in batches:
-        backbone(images, decisions_of(images), active_only=True)
-    for layer, (momentum, tracked), (mean, variance) in zip(
-        layers, before, statistics, strict=True
-    ):
-        if layer.num_batches_tracked == 0:
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(variance)
-        layer.momentum = momentum
-        layer.num_batches_tracked.copy_(tracked)
-    for module, training in modes.items():
-        module.training = training

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import blockdrop_fast as bdf
 from blockdrop_fast.networks.resnet import masked_block
 from train import distributed
-from train.batch_statistics import count_statistics
+from train.batch_statistics import count_backbone, count_policy
 from train.config import Finetune
 from train.distillation import distillation_loss, load_teacher
 from train.evaluation import evaluate_test, evaluation_metrics, static_accuracies_of
@@ -101,7 +101,9 @@ def finetune(config: Finetune) -> None:
             statistics.add(step.decisions[samples])
             if run.step % 20 == 0:
                 run.show(**means.items())
-        count_statistics(model, model.policy, dataset.train, config)
+        count_policy(model, dataset.train, config)
+        if config.bn != "frozen":
+            count_backbone(model, dataset.train, config, active_only=config.bn == "active")
         metrics = {f"train_{name}": value for name, value in means.items().items()}
         metrics |= statistics.items("train")
         if config.usage_target is not None:

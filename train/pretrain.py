@@ -21,9 +21,10 @@ from blockdrop_fast.data.image_sets import IMAGENET_NORMALIZATION, Dataset
 from blockdrop_fast.measure.static_line import set_accuracies
 from blockdrop_fast.networks.architectures import by_name
 from train import distributed
+from train.batch_statistics import recalibrate
 from train.config import Pretrain
 from train.distillation import load_teacher, taught_loss
-from train.droppable import Chain, random_subnetworks, recalibrate
+from train.droppable import Chain, random_subnetworks
 from train.evaluation import evaluate_test
 from train.images import plain_batches, prepare, split
 from train.loop import Run, sampling_generator

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import blockdrop_fast as bdf
+from train.batch_statistics import recalibrate
 from train.config import Pretrain
-from train.droppable import Chain, random_subnetworks, recalibrate
+from train.droppable import Chain, random_subnetworks
 from train.pretrain import pretrain
 
 ROOT = Path(__file__).parents[2]
