@@ -39,9 +39,9 @@ def in_process(monkeypatch):
     monkeypatch.setattr(gpu, "_run", run)
 
 
-def run(folder: Path, stage: str = "bench", **more: str) -> tuple[int, dict, str]:
+def run(folder: Path, stage: str = "bench", seconds: float = 1000) -> tuple[int, dict, str]:
     environ = {"BLOCKDROP_GPU_BENCH_DEVICE": "cpu", "BLOCKDROP_GPU_BENCH_OUT": str(folder)}
-    status = gpu.main([stage], environ | more)
+    status = gpu.main([stage], environ | {"BLOCKDROP_GPU_BENCH_UNTIL": str(time.time() + seconds)})
     return status, json.loads((folder / "gpu.json").read_text()), (folder / "gpu.txt").read_text()
 
 
@@ -52,7 +52,7 @@ def stage(monkeypatch, *some: cells.Cell) -> None:
 @pytest.mark.slow
 def test_rehearsal(tmp_path, no_compiler, in_process, capsys):
     for name in cells.STAGES:
-        status, content, text = run(tmp_path, name, BLOCKDROP_GPU_BENCH_SECONDS="1000")
+        status, content, text = run(tmp_path, name)
         assert status == 0
     assert content["rehearsal"]
     assert content["left_out"] == []
@@ -255,7 +255,7 @@ def test_a_contender_that_loses_the_device_ends_the_process(tmp_path, monkeypatc
 
 
 def test_without_time_everything_is_left_out(tmp_path):
-    status, content, text = run(tmp_path, BLOCKDROP_GPU_BENCH_SECONDS="1")
+    status, content, text = run(tmp_path, seconds=1)
     assert status == 0
     assert content["cells"] == {}
     names = [cell.name for cell in cells.BENCH]
