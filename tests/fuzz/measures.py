@@ -119,12 +119,19 @@ def fuzz_command(rng: random.Random, about: list) -> None:
     if name == "benchmark":  # what is right takes too long
         arguments += ["--model", rng.choice(["x", "", "resnet9", "/"])]
     about += arguments
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    said, here = io.StringIO(), os.getcwd()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        os.chdir(folder)  # where --json and --out write what junk names
         try:
             status = cli.main(arguments)
         except SystemExit as stop:  # of the parser
             status = stop.code
+        finally:
+            os.chdir(here)
     if status not in (0, 1, 2) or not said.getvalue():
         raise Wrong(f"exit status {status}, {said.getvalue()[:100]!r}")
     if status:
