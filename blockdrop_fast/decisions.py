@@ -95,13 +95,14 @@ def check_images(
         raise ValueError("images: contain NaN or infinite values")
 
 
-def check_features(features: Tensor, channels: int, weight: Tensor) -> None:
+def check_features(features: Tensor, channels: int, weight: Tensor, size_multiple: int = 1) -> None:
     """Raise unless ``features`` are those of a network on the way.
 
     Args:
         features: expected (B, channels, H, W), not without pixels.
         channels: C.
         weight: one of the network's, for dtype and device.
+        size_multiple: of H and W.
 
     Raises:
         TypeError: see ``check_tensor``, or another dtype.
@@ -113,6 +114,11 @@ def check_features(features: Tensor, channels: int, weight: Tensor) -> None:
     if features.ndim != 4 or features.shape[1] != channels or 0 in features.shape[2:]:
         raise ValueError(
             f"features: expected shape (B, {channels}, H, W), got {tuple(features.shape)}"
+        )
+    height, width = features.shape[2:]
+    if height % size_multiple or width % size_multiple:
+        raise ValueError(
+            f"features: height and width must be multiples of {size_multiple}, got {height}x{width}"
         )
 
 

@@ -74,6 +74,7 @@ def _fixed(images):
     (_fixed, None, TypeError, r"images: expected a torch.Tensor, got NoneType"),
     (_forward_from, None, TypeError, r"features: expected a torch.Tensor, got NoneType"),
     (_forward_from, torch.zeros(2, 8, 4, 4), ValueError, r"features: expected shape \(B, 16, H, W"),
+    (_forward_from, torch.zeros(2, 16, 4, 6), ValueError, r"features: .* multiples of 4, got 4x6"),
     (_look, torch.zeros(2, 16, 4, 0), ValueError, r"features: expected shape \(B, 16, H, W\)"),
     (Menu, int, TypeError, r"sets: expected a torch.Tensor, got type"),
     (Menu, torch.zeros(3, 0).bool(), ValueError, r"sets: expected shape \(M, K\) bool, got \(3, 0"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Literal
 
 import torch
@@ -139,6 +139,13 @@ class ResNetConfig:
         if self.stem == "cifar":
             return segments
         return 4 * segments if self.shortcut == "average_pool" else 1
+
+    def size_multiple_from(self, after: int) -> int:
+        """Height and width of what block ``after`` gives must be multiples of this."""
+        if self.shortcut == "projection":
+            return 1
+        starts = list(accumulate(self.layers))[:-1]  # of the segments but the first
+        return 2 ** sum(start >= after for start in starts)
 
     def to_dict(self) -> dict:
         """The fields as plain JSON-ready values, without later ones that say nothing new.
@@ -401,6 +408,7 @@ class ResNet(nn.Module):
             if after < self.num_blocks
             else self.fc.in_features,
             self.fc.weight,
+            self.config.size_multiple_from(after),
         )
         decisions = self._check_decisions(features, decisions)
         if decisions is not None and not decisions[:, :after].all():
