@@ -1,6 +1,7 @@
 """Every strategy of the engine against the float64 reference, and what the engine refuses."""
 
 import copy
+import os
 import subprocess
 import sys
 import weakref
@@ -525,7 +526,8 @@ model, images = make_model()
 engine = bdf.compile(model)
 expected = engine(images).logits  # starts the threads that a child does not have
 workers = torch.utils.data.DataLoader(images.split(16), None, num_workers=2, timeout=60,
-                                      collate_fn=lambda images: engine(images).logits)
+                                      collate_fn=lambda images: engine(images).logits,
+                                      multiprocessing_context="fork")
 assert torch.equal(torch.cat(list(workers)), expected)
 child = os.fork()
 if child == 0:
@@ -535,6 +537,7 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
 def test_forked_processes_call_an_engine():
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
 
