@@ -120,12 +120,14 @@ def check_new_file(argument: str, path: Path, suffixes: Sequence[str] = ()) -> N
 
     Raises:
         ValueError: its name ends otherwise.
-        OSError: its folder does not exist or cannot be written.
+        OSError: it is a folder, or its folder does not exist or cannot be written.
     """
     if suffixes and path.suffix not in suffixes:
         *first, last = suffixes
         endings = f"{', '.join(first)} or {last}" if first else last
         raise ValueError(f"{argument}: expected a name that ends in {endings}, got {str(path)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{argument}: {str(path)!r} is a folder, expected a file's name")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{argument}: the folder {str(path.parent)!r} does not exist")
     check_new_folder(path.parent)

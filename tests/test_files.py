@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from blockdrop_fast.files import atomic_write, remove_leftovers
+from blockdrop_fast.files import atomic_write, check_new_file, remove_leftovers
 
 
 def test_writes_and_replaces(tmp_path):
@@ -98,3 +98,8 @@ def test_a_symbolic_link_stays_one(tmp_path):
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "nowhere" / "file"):
         pass
+
+
+def test_a_folder_is_no_new_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"json: .* is a folder, expected a file's name"):
+        check_new_file("json", tmp_path)

@@ -19,6 +19,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in STAGES:
         stages, presets = " | ".join(STAGES), "|".join(PRESETS)
+        if arguments and arguments[0] not in ("--help", "-h"):
+            print(f"train: unknown stage {arguments[0]!r}")
         print(
             f"usage: python -m train {stages} [--preset {presets}] [options]\n"
             "       python -m train STAGE --help lists a stage's options"

@@ -108,7 +108,12 @@ def device_for(config: Common) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected cpu, cuda, … or auto, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.device_count():
+        raise ValueError(f"device: {name!r}, but torch finds no GPU here that it can use")
     if "LOCAL_RANK" not in os.environ or device.type != "cuda":
         return device
     if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:

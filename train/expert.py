@@ -329,6 +329,10 @@ def _load(config: Expert) -> tuple[bdf.ResNet, Policy | bdf.FixedPolicy | None]:
         raise ValueError(
             f"look: expected 0 to {layers}, the blocks of the first segment, got {config.look}"
         )
+    if config.budget is not None and not 0 <= config.budget <= backbone.num_blocks:
+        raise ValueError(
+            f"budget: expected from 0 to {backbone.num_blocks} blocks, got {config.budget:g}"
+        )
     if isinstance(policy, Policy) and not policy.menu.sets[:, : config.look or 0].all():
         raise ValueError(f"look: the menu of {config.model} drops one of blocks 1 to {config.look}")
     return backbone.eval().requires_grad_(False), policy

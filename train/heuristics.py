@@ -26,6 +26,10 @@ def heuristics(config: Heuristics) -> None:
     check_new_folder(config.out)
     device, dataset = prepare(config)
     model = load_any(config.model)
+    if isinstance(model, bdf.Cascade) or isinstance(getattr(model, "policy", None), bdf.Exits):
+        raise ValueError(
+            f"model: {config.model} runs until an image leaves; expected blocks to keep or drop"
+        )
     try:
         engine = bdf.compile(model.to(device, memory_format=torch.channels_last))
     except TypeError as error:  # masks of pixels, which no engine runs

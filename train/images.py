@@ -18,12 +18,18 @@ from blockdrop_fast.data.image_sets import (
 )
 from train import distributed
 from train.config import Common
+from train.ranges import check_ranges
 
 EVALUATION_BATCH = 250
 
 
 def prepare(config: Common) -> tuple[torch.device, Dataset]:
-    """Apply thread and device options, and load the data set."""
+    """Apply thread and device options, and load the data set.
+
+    Raises:
+        ValueError: an option is out of range, see ``check_ranges``, or the device is not there.
+    """
+    check_ranges(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = distributed.device_for(config)
@@ -70,8 +76,9 @@ def training_batches(
     many as the others.
 
     Raises:
-        ValueError: there are fewer images than processes.
+        ValueError: there are fewer images than processes, or other classes than the model's.
     """
+    _check_classes(model, image_set)
     processes = distributed.count()
     if len(image_set) < processes:
         raise ValueError(
@@ -100,7 +107,11 @@ def plain_batches(
     """A split in order and not augmented, as the model takes it; the same in all processes.
 
     Image files are shared: each process reads some, and gives them to the others.
+
+    Raises:
+        ValueError: the model has other classes.
     """
+    _check_classes(model, image_set)
     processes, images = distributed.count(), len(image_set)
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
     shares = isinstance(image_set, ImageFolder) and 1 < processes <= min(sizes, default=0)
@@ -124,9 +135,18 @@ def _joined(batches: Batches, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor
 
 def normalization_of(model: nn.Module) -> Normalization:
     """What the model's images are normalised with."""
+    return _backbone_of(model).normalization or NO_NORMALIZATION
+
+
+def _backbone_of(model: nn.Module) -> bdf.ResNet:
     one = model.networks[0] if isinstance(model, bdf.Cascade) else model
-    backbone = one.backbone if isinstance(one, bdf.BlockDrop) else one
-    return backbone.normalization or NO_NORMALIZATION
+    return one.backbone if isinstance(one, bdf.BlockDrop) else one
+
+
+def _check_classes(model: nn.Module, image_set: ImageSet | ImageFolder) -> None:
+    there, known = len(image_set.classes), _backbone_of(model).config.num_classes
+    if there != known:
+        raise ValueError(f"data: {image_set.name} has {there} classes, but the network has {known}")
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 import blockdrop_fast as bdf
 from blockdrop_fast.data.image_sets import Dataset
 from blockdrop_fast.files import write_json
 from blockdrop_fast.measure.evaluation import Evaluation
+from blockdrop_fast.networks.architectures import by_name
 from blockdrop_fast.networks.checkpoints import load_any
 from train import distributed
 from train.config import RECIPES, Common, Recipe
@@ -161,3 +164,13 @@ def _check(config: Recipe, presets: dict[str, Common]) -> None:
         )
     if config.budget is None and not by_rewards:
         raise ValueError("budget: the mean kept blocks of the model and its control are required")
+    if config.budget is not None and not 0 <= config.budget <= (blocks := _blocks(config, presets)):
+        raise ValueError(f"budget: expected from 0 to {blocks} blocks, got {config.budget:g}")
+
+
+def _blocks(config: Recipe, presets: dict[str, Common]) -> int:
+    """K of the network."""
+    if config.init is not None:
+        return bdf.load_backbone(config.init).num_blocks
+    with torch.device("meta"):
+        return by_name(config.arch or presets["pretrain"].arch)(1).num_blocks
