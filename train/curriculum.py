@@ -51,7 +51,7 @@ def curriculum(config: Curriculum) -> None:
         model.policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
     price = UsagePrice(config, model.backbone.num_blocks)
-    run = Run(config, model, [optimizer], [price])
+    run = Run(config, model, [optimizer], [price], all_used=True)
     # Its backbone is frozen: only evaluation needs the policy's new weights.
     engine = bdf.compile(model, dtype=engine_dtype(config, device))
 

@@ -127,7 +127,9 @@ def device_for(config: Common) -> torch.device:
     return torch.device("cuda", index if device.index is None else device.index)
 
 
-def parallel(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Callable[..., Any]:
+def parallel(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], all_used: bool = False
+) -> Callable[..., Any]:
     """(step, *arguments) -> ``step(*arguments)``; gradients of its tensors become the mean of all.
 
     A step is the whole computation of a batch's loss, however many forwards it has, as the forward
@@ -137,11 +139,12 @@ def parallel(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Calla
     Args:
         model: starts as that of the first process; for its statistics see ``average_statistics``.
         optimizers: of what is trained, some of which need not be in the model.
+        all_used: each step uses all parameters, so that none has to be looked for.
     """
     if not dist.is_initialized():
         return lambda step, *arguments: step(*arguments)
     return DistributedDataParallel(
-        _Step(model, optimizers), find_unused_parameters=True, broadcast_buffers=False
+        _Step(model, optimizers), find_unused_parameters=not all_used, broadcast_buffers=False
     )
 
 

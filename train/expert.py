@@ -84,7 +84,7 @@ def expert(config: Expert) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, total_steps=config.epochs * steps, cycle_momentum=False
     )
-    run = Run(config, model, [optimizer], [scheduler, trained.classes])
+    run = Run(config, model, [optimizer], [scheduler, trained.classes], all_used=True)
     engine = bdf.compile(model, dtype=engine_dtype(config, device))
     right, labels = examples["right"].to(device), train.labels.to(device)
 

@@ -59,7 +59,7 @@ def finetune(config: Finetune) -> None:
     schedulers = [_scheduler(config, optimizer, steps) for optimizer in optimizers]
     price = UsagePrice(config, model.backbone.num_blocks)
     skips_blocks = config.bn == "active"
-    run = Run(config, model, optimizers, [*schedulers, price], skips_blocks)
+    run = Run(config, model, optimizers, [*schedulers, price], skips_blocks, config.bn == "all")
     dtype = engine_dtype(config, device)
     engine = bdf.compile(model, dtype=dtype)
     teacher = load_teacher(config.teacher, model, device, dtype)

@@ -45,6 +45,7 @@ class Run:
         optimizers: whose state a checkpoint holds.
         schedulers: likewise, and whatever else has such a state.
         skips_blocks: training passes run active images only, which ``--sync-bn`` cannot follow.
+        all_used: whatever is decided, each training step uses all weights that are trained.
 
     Raises:
         FileExistsError: the folder holds a run and ``--resume`` was not given.
@@ -60,6 +61,7 @@ class Run:
         optimizers: list[torch.optim.Optimizer],
         schedulers: list[torch.optim.lr_scheduler.LRScheduler],
         skips_blocks: bool = False,
+        all_used: bool = False,
     ):
         if config.batch_size % distributed.count():
             raise ValueError(
@@ -88,7 +90,7 @@ class Run:
                 f"out: processes find different checkpoints in {config.out}; expected a folder "
                 "that all machines share"
             )
-        self._parallel = distributed.parallel(model, optimizers)
+        self._parallel = distributed.parallel(model, optimizers, all_used)
         self._events = Events(config.out, self.first_epoch)
 
     def epochs(self) -> range:

@@ -51,13 +51,9 @@ def pretrain(config: Pretrain) -> None:
         config.teacher or (config.init if config.droppable else None), backbone, device, dtype
     )
     chain = _make_chain(config, backbone, dataset) if config.droppable else None
-    run = Run(
-        config,
-        backbone,
-        [optimizer],
-        [scheduler] + ([chain] if config.droppable else []),
-        skips_blocks=config.droppable or config.drop_rate > 0,
-    )
+    skips_blocks = config.droppable or config.drop_rate > 0
+    schedulers = [scheduler] + ([chain] if config.droppable else [])
+    run = Run(config, backbone, [optimizer], schedulers, skips_blocks, not skips_blocks)
 
     def step(
         images: Tensor, labels: Tensor, generator: torch.Generator

@@ -45,7 +45,7 @@ def exits(config: Exits) -> None:
     else:
         groups.append({"params": model.backbone.parameters(), "lr": config.lr})
     optimizer, scheduler = one_cycle(config, groups, len(train))
-    run = Run(config, model, [optimizer], [scheduler])
+    run = Run(config, model, [optimizer], [scheduler], all_used=True)
     teacher = load_teacher(config.teacher, model, device, engine_dtype(config, device))
     names = [*map(str, model.policy.exits), "end"]
 

@@ -63,7 +63,7 @@ def pfec(config: Pfec) -> None:
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     else:
         optimizer, scheduler = one_cycle(config, backbone.parameters(), len(dataset.train))
-    run = Run(config, model, [optimizer], [scheduler], skips_blocks=decides)
+    run = Run(config, model, [optimizer], [scheduler], decides, all_used=not decides)
     dtype = engine_dtype(config, device)
     engine = bdf.compile(model, dtype=dtype)
     teacher = load_teacher(config.teacher, model, device, dtype)
