@@ -273,6 +273,8 @@ class Bench:
         batches = tuple(dict.fromkeys(self.scale.batch(size) for size in sizes))
         # Decisions are drawn here: a policy's are of no use.
         workload = self.workload(family, max(batches))
+        for batch in batches:
+            self._compile_gather(workload, batch)
         cells = calibration.calibrate(
             calibration.subject_of(workload), batches, rounds=max(2, self.scale.rounds // 2)
         )
