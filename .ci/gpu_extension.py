@@ -23,7 +23,8 @@ LOAD = """
 from blockdrop_fast._extension import extension_status
 
 status = extension_status()
-print(status.reason if not status.loaded else "" if "cuda" in status.build_info else "no CUDA")
+if not status.build_info.get("cuda"):
+    print(status.reason or "no CUDA kernels")
 """
 
 

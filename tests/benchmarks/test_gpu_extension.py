@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from blockdrop_fast._extension import extension_status
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILT_FOR = ("2.11.0+cu130", "9.0a", "abc")
 
@@ -18,6 +20,7 @@ def module(tmp_path, monkeypatch):
     """With folders of its own; an extension there loads as `loads` says."""
     names = runpy.run_path(str(ROOT / ".ci" / "gpu_extension.py"))
     inner = names["place"].__globals__
+    inner["really_loaded"] = inner["why_not_loaded"]
     inner.update(ROOT=tmp_path, PACKAGE=tmp_path / "package", BROUGHT=tmp_path / "brought")
     inner["why_not_loaded"] = lambda: inner.get("loads", "")
     (tmp_path / "package").mkdir()
@@ -88,6 +91,15 @@ def test_what_does_not_load_is_taken_away_again(module, capsys):
     assert not module.place(*BUILT_FOR)
     assert in_place(module) == ""
     assert "brought does not fit, compiling: GLIBC_2.99 not found" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_build_without_cuda_kernels_is_none(module):
+    """The one that these tests run with."""
+    if extension_status().build_info.get("cuda"):
+        pytest.skip("it has CUDA kernels")
+    module.inner["ROOT"] = ROOT
+    assert module.inner["really_loaded"]() in ("no CUDA kernels", extension_status().reason)
 
 
 def test_setup_records_what_an_extension_was_built_for(module, monkeypatch, tmp_path):

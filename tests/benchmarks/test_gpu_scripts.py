@@ -137,6 +137,13 @@ def test_what_fits_is_not_compiled(check):
     assert not any("setup.py" in call for call in done.calls)
 
 
+def test_without_cuda_kernels_nothing_has_passed(check):
+    done = check(FAILS="no CUDA kernels")
+    assert done.status == 1
+    assert "gpu-check: no extension" in done.output
+    assert not any("pytest" in call for call in done.calls)
+
+
 def test_what_the_time_was_not_enough_for_has_neither_passed_nor_failed(check):
     done = check(FAILS="test_gather.py", STATUS="75")
     assert done.status == 0
