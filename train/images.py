@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import blockdrop_fast as bdf
-from blockdrop_fast.data.batches import Batches, batches_of, load_dataset
+from blockdrop_fast.data.batches import DATA_VARIABLE, Batches, batches_of, load_dataset
 from blockdrop_fast.data.image_sets import (
     NO_NORMALIZATION,
     Dataset,
@@ -33,12 +36,23 @@ def prepare(config: Common) -> tuple[torch.device, Dataset]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = distributed.device_for(config)
-    dataset = load_dataset(config.data)
+    dataset = _loaded(config.data, os.environ.get(DATA_VARIABLE))
     train = dataset.train if config.limit is None else dataset.train.subset(config.limit)
     test = dataset.test
     if isinstance(train, ImageSet):
         train, test = train.to(device), test.to(device)
     return device, Dataset(train, test, dataset.name, dataset.classes)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(data: Path | None, default: str | None) -> Dataset:
+    """The data set, for all stages that this process runs in a row: nobody changes its tensors.
+
+    Args:
+        data: its folder.
+        default: that which counts without.
+    """
+    return load_dataset(data)
 
 
 def check_held_out(held_out: int, images: int) -> None:

@@ -4,9 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 import blockdrop_fast as bdf
 from train import __main__ as command_line
+from train import images
 from train.config import PRESETS, RECIPES, Expert, Joint, Pretrain, Recipe
 from train.recipe import RESULT_FILE, recipe, stages_of
 from train.stages import run_stages
@@ -58,6 +60,24 @@ def test_quick_runs_resumes_and_compares(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"expert holds a run with other options: budget 2.0 -> 3"):
         recipe(replace(config, budget=3.0))
     assert bdf.load(tmp_path / "refit" / "model.safetensors").policy.menu.budget == 2.0
+
+
+def test_stages_in_a_row_read_the_data_once(tmp_path, monkeypatch):
+    read = []
+    load = images.load_dataset
+    monkeypatch.setattr(images, "load_dataset", lambda data: read.append(data) or load(data))
+    images._loaded.cache_clear()
+    first = [images.prepare(Pretrain(limit=limit))[1] for limit in (32, 64)]
+    assert len(read) == 1
+    assert [len(one.train) for one in first] == [32, 64]
+    for folder in ("one", "two"):
+        for split in ("train", "test"):
+            (tmp_path / folder / split / "ant").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / split / "ant" / "0.png")
+    assert images.prepare(Pretrain(data=tmp_path / "one"))[1].name == "one"
+    monkeypatch.setenv("BLOCKDROP_DATA", str(tmp_path / "two"))
+    assert images.prepare(Pretrain())[1].name == "two"
+    assert len(read) == 3
 
 
 def test_bad_options(tmp_path, monkeypatch):
