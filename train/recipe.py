@@ -164,8 +164,10 @@ def _check(config: Recipe, presets: dict[str, Common]) -> None:
         )
     if config.budget is None and not by_rewards:
         raise ValueError("budget: the mean kept blocks of the model and its control are required")
-    if config.budget is not None and not 0 <= config.budget <= (blocks := _blocks(config, presets)):
-        raise ValueError(f"budget: expected from 0 to {blocks} blocks, got {config.budget:g}")
+    if config.budget is not None:
+        blocks = _blocks(config, presets)
+        if not 0 <= config.budget <= blocks:
+            raise ValueError(f"budget: expected from 0 to {blocks} blocks, got {config.budget:g}")
 
 
 def _blocks(config: Recipe, presets: dict[str, Common]) -> int:

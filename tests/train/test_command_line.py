@@ -38,6 +38,7 @@ WRONG = [
     ("expert --backbone F/backbone.safetensors --budget 9", "budget: expected from 0 to 3 blocks"),
     ("heuristics --model F/cascade.safetensors --keep 1", "cascade.safetensors runs until an imag"),
     ("recipe --preset quick --budget 16", "budget: expected from 0 to 15 blocks, got 16"),
+    ("recipe --preset quick --budget -3", "budget: expected from 0 to 15 blocks, got -3"),
     ("recipe --preset quick --budget 4 --init F/backbone.safetensors", "from 0 to 3 blocks, got 4"),
     ("reproduce --preset quick --rounds 0", "rounds: expected at least 1, got 0"),
     ("demo --batches 1 0", r"batches: expected at least 1, got (1, 0)"),
