@@ -271,6 +271,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert not (tmp_path / "full" / ".state.pt.abcdefgh").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mishap", ["full", "read-only"])
 def test_a_disk_that_fails_during_a_run_is_one_line(mishap, tmp_path):
     """Whatever comes to it first: events, the model, metrics or the state."""
