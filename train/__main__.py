@@ -12,6 +12,7 @@ from train.stages import PRESETS, STAGES, function_of
 
 # They time what they have trained.
 IN_ONE_PROCESS = ("demo", "reproduce")
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main() -> None:
@@ -48,6 +49,10 @@ def main() -> None:
         os._exit(1)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"{stage}: {error}")
+    except KeyboardInterrupt:
+        goes_on = f"--resume goes on from the last checkpoint in {config.out}, if there is one"
+        print(f"\n{stage}: interrupted; {goes_on}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 if the subcommand met bad input or cannot be imported; 2 if the call
-        itself was wrong.
+        itself was wrong; 130 if it was interrupted.
     """
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
@@ -61,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"blockdrop {name}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\nblockdrop {name}: interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
     return 0
 
 

@@ -167,6 +167,15 @@ def test_command_line_help_and_unknown_command(capsys):
     assert "frobnicate" in capsys.readouterr().err
 
 
+def test_an_interrupted_command_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blockdrop_fast.commands.info.command", interrupted)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "\nblockdrop info: interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("command", "missing"),
     [("info", "tyro"), ("visualize", "matplotlib.axes"), ("evaluate", "tyro")],

@@ -1,5 +1,11 @@
 """Wrong command lines of ``python -m train``: one line, before any work, that names what it is."""
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +13,8 @@ import blockdrop_fast as bdf
 from train import __main__ as command_line
 from train.ranges import check_ranges
 from train.stages import PRESETS
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +83,27 @@ def test_an_unknown_stage_is_named(monkeypatch, capsys):
 def test_presets_are_in_range(preset):
     for config in PRESETS[preset].values():
         check_ranges(config)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_says_how_it_goes_on(tmp_path):
+    """Ctrl-C behind the first checkpoint, in a process as a user has it."""
+    out, words = tmp_path / "out", ["pretrain", "--arch", "resnet8", "--batch-size", "64"]
+    command = [sys.executable, "-m", "train", *words, "--threads", "1", "--limit", "128"]
+    command += ["--out", str(out), "--epochs"]
+    run = subprocess.Popen(
+        [*command, "10000"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while not (out / "state.pt").exists():
+        assert run.poll() is None
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=300)[1]
+    assert run.returncode == 130
+    assert "Traceback" not in said
+    goes_on = f"--resume goes on from the last checkpoint in {out}, if there is one"
+    assert said.splitlines()[-1] == f"pretrain: interrupted; {goes_on}"
+    assert torch.load(out / "state.pt", weights_only=True)["epoch"] >= 1
+    assert not list(out.glob(".*"))
