@@ -9,6 +9,10 @@ spread over the run: start, training, evaluation and saves; one is that of a wri
 Processes are forks of this one, in which everything is imported; but the last one of each case, and
 one that is killed while it imports or soon after, are new.
 
+Cases of two processes, which train together over Gloo, have one of them killed or both. One that is
+left ends with its line, within the timeout. New ones are torchrun's: it is killed with both, and
+starts them again in a last run in which it loses one now and then.
+
 After each kill:
 
 - each file with its final name, of the run and of what it reads, can be read, verified where it has
@@ -49,9 +53,12 @@ from blockdrop_fast.data.batches import load_digits
 from blockdrop_fast.networks.checkpoint_files import read_torch
 from tests.kills.cases import CASES, check_coverage
 from tests.kills.contents import age_events, contents, differences, files_of, shown_values
+from tests.kills.groups import Group
 from tests.kills.processes import ROOT, Attempt, Processes
 from train.run_files import MODEL_FILE, STATE_FILE
 from train.stages import STAGES, function_of
+
+RESTARTS = 2  # by torchrun, where there is one
 
 
 class Progress:
@@ -128,6 +135,7 @@ class Checker:
         """
         reference, rng = self.reference(name), random.Random(f"{self.seed} {name}")
         case, folder = CASES[name], self._prepare(name, "killed")
+        run = self._runner(name).run
         out, places, ended, resume = folder / "out", Counter(), 0, False
         speed, (anew, at_write) = 1.0, rng.sample(range(max(2, self.kills)), 2)
         while (killed := places.total()) < self.kills:
@@ -135,13 +143,15 @@ class Checker:
             left = min(reference.seconds, reference.left(out) + reference.again) * speed
             if killed == at_write:
                 write = (rng.randrange(6), rng.random() < 0.5)
-                attempt = self.processes.run(words, write=write)
+                attempt = run(words, write=write)
             elif killed == anew:
-                after = rng.uniform(0, self.imports + reference.again)
-                attempt = self.processes.run(words, after, anew=True)
+                # Under torchrun two import at a time, after it has.
+                imports = self.imports * (1 if case.processes == 1 else 3)
+                after = rng.uniform(0, imports + min(left, reference.again))
+                attempt = run(words, after, anew=True)
             else:  # as far apart as so many moments in the whole run would be
                 share = min(1.0, 2 / (self.kills - killed + 1))
-                attempt = self.processes.run(words, rng.uniform(0, share * left))
+                attempt = run(words, rng.uniform(0, share * left))
             contents(out), contents(folder / "given")
             age_events(out)
             resume = True
@@ -156,8 +166,10 @@ class Checker:
             if killed == at_write or rng.random() < 0.5:  # else the complete run is killed
                 shutil.rmtree(out)
                 resume = False
-        self._succeeded(self.processes.run(case.words(folder, True), anew=True))
+        self._succeeded(run(case.words(folder, True), anew=True))
         self._compare(reference, out)
+        if case.processes > 1:
+            places += self._restarted(name, folder, rng)
         left = self.processes.left()
         assert not left, f"processes are left: {left}"
         return places
@@ -166,18 +178,35 @@ class Checker:
         """The undisturbed run of a case."""
         if name not in self.references:
             folder, case = self._prepare(name, "whole"), CASES[name]
-            progress = Progress(folder / "out")
-            run = self.processes.run(case.words(folder, False), look=progress.look)
+            progress, runner = Progress(folder / "out"), self._runner(name)
+            run = runner.run(case.words(folder, False), look=progress.look)
             self._succeeded(run)
             found = contents(folder / "out") | shown_values(folder / "out")
             age_events(folder / "out")
-            again = self.processes.run(case.words(folder, True))
+            again = runner.run(case.words(folder, True))
             self._succeeded(again)
             self.references[name] = reference = Reference(
                 folder, found, progress, again.seconds, run.seconds
             )
             self._compare(reference, folder / "out")
         return self.references[name]
+
+    def _runner(self, name: str) -> Processes | Group:
+        if CASES[name].processes == 1:
+            return self.processes
+        return Group(self.processes, self.folder, f"{self.seed} {name}")
+
+    def _restarted(self, name: str, folder: Path, rng: random.Random) -> Counter[str]:
+        """A run whose processes are killed one at a time, and started again by torchrun."""
+        reference = self.reference(name)
+        shutil.rmtree(folder / "out")
+        # From when they import on, which two at a time do more slowly.
+        longest = 2 * self.imports + reference.seconds
+        kills = [rng.uniform(0, longest) for _ in range(RESTARTS)]
+        attempt = self._runner(name).launch(CASES[name].words(folder, True), kills=kills)
+        self._succeeded(attempt)
+        self._compare(reference, folder / "out")
+        return Counter({"restarted by torchrun": attempt.restarts})
 
     def _prepare(self, name: str, which: str) -> Path:
         """A folder with what a case takes."""
@@ -193,7 +222,7 @@ class Checker:
 
     def _succeeded(self, attempt: Attempt) -> None:
         text = self.processes.log.read_text().strip()
-        assert attempt.status == 0, f"exit status {attempt.status}: {text[-2000:]}"
+        assert attempt.status == 0, f"exit status {attempt.status}: {text[-6000:]}"
 
     def _compare(self, reference: Reference, out: Path) -> None:
         found = contents(out) | shown_values(out)

@@ -24,6 +24,7 @@ class Case:
         takes: options that name checkpoints -> the cases that leave them.
         preset: of the command.
         data: makes a data set in a folder; None: the digits.
+        processes: that train together.
     """
 
     stage: str
@@ -31,6 +32,7 @@ class Case:
     takes: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
     preset: str = "paper"
     data: Callable[[Path], None] | None = None
+    processes: int = 1
 
     @property
     def needs(self) -> list[str]:
@@ -144,6 +146,21 @@ CASES = {
     "demo": Case("demo", {"epochs": 1, "limit": 256, "batches": (1,)}),
     "reproduce": Case(
         "reproduce", {"arch": ("resnet14",), "epochs": 1, "limit": 320, "rounds": 1}, preset="quick"
+    ),
+    "curriculum, by two": Case(
+        "curriculum", {"samples": 2} | _TARGET, {"backbone": "pretrain"}, processes=2
+    ),
+    "finetune, by two": Case(
+        "finetune",
+        {"bn": "active", "policy_frozen": 1} | _TARGET | _TWO,
+        {"model": "curriculum", "teacher": "pretrain"},
+        processes=2,
+    ),
+    "expert, by two": Case(
+        "expert",
+        {"budget": 5.0, "line_images": 50} | _HELD,
+        {"backbone": "droppable"},
+        processes=2,
     ),
 }
 

@@ -28,11 +28,13 @@ class Attempt:
         status: its exit status; negative: the signal that ended it.
         where: the kill met it.
         seconds: it ran.
+        restarts: of its processes, by torchrun.
     """
 
     status: int
     where: str
     seconds: float
+    restarts: int = 0
 
 
 # What a function on the stack, or its file, says of what was going on; the first that fits.
@@ -78,15 +80,8 @@ class Processes:
                 the old file is still there, or (True) just replaced.
             look: is called with the seconds since the start, again and again.
         """
-        assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
-        os.ftruncate(self._stack, 0)
-        os.lseek(self._stack, 0, os.SEEK_SET)
-        sys.stdout.flush()
         started = time.monotonic()
-        pid = os.fork()
-        if pid == 0:
-            self._become(words, anew, write)
-        self.started.append(pid)
+        pid = self.start(words, anew, write)
         while True:
             ended, status = os.waitpid(pid, os.WNOHANG)
             seconds = time.monotonic() - started
@@ -97,16 +92,46 @@ class Processes:
             if look is not None:
                 look(seconds)
             time.sleep(min(0.01, LIMIT if after is None else after - seconds))
-        where = "new process" if anew else self._place(pid)
+        where = "new process" if anew else self.place(pid)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         return Attempt(os.waitstatus_to_exitcode(status), where, seconds)
 
-    def _become(self, words: list[str], anew: bool, write: tuple[int, bool] | None) -> None:
+    def start(
+        self,
+        words: list[str],
+        anew: bool = False,
+        write: tuple[int, bool] | None = None,
+        log: Path | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> int:
+        """Start ``python -m WORDS``, see ``run``.
+
+        Args:
+            log: for what it prints.
+            environment: beside this process's.
+
+        Returns:
+            The process's id.
+        """
+        assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
+        os.ftruncate(self._stack, 0)
+        os.lseek(self._stack, 0, os.SEEK_SET)
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(environment or {})
+            self._become(words, anew, write, log or self.log)
+        self.started.append(pid)
+        return pid
+
+    def _become(
+        self, words: list[str], anew: bool, write: tuple[int, bool] | None, log: Path
+    ) -> None:
         code = 1
         try:
             os.setsid()
-            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
             if anew:
@@ -124,7 +149,8 @@ class Processes:
             sys.stdout.flush()
             os._exit(code)
 
-    def _place(self, pid: int) -> str:
+    def place(self, pid: int) -> str:
+        """What a fork is doing, one of ``PLACES``."""
         os.kill(pid, signal.SIGUSR1)
         end = time.monotonic() + 1
         while not os.fstat(self._stack).st_size and time.monotonic() < end:

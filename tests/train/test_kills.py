@@ -59,10 +59,8 @@ def test_half_a_file_is_found(tmp_path):
         (tmp_path / name).write_bytes(whole)
 
 
-@pytest.mark.slow
-def test_resume_after_kill_9_continues_to_the_same_result():
-    """With this seed, both are first killed at a write after the first checkpoint."""
-    options = ["--kills", "2", "--seed", "11", "--cases", "pretrain", "curriculum"]
+def kills(*options):
+    """The last line of some kills that all went well."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.kills", *options],
         cwd=ROOT,
@@ -71,4 +69,20 @@ def test_resume_after_kill_9_continues_to_the_same_result():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "'at a write': 2" in done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_resume_after_kill_9_continues_to_the_same_result():
+    """With this seed, both are first killed at a write after the first checkpoint."""
+    line = kills("--kills", "2", "--seed", "11", "--cases", "pretrain", "curriculum")
+    assert "'at a write': 2" in line
+
+
+@pytest.mark.slow
+def test_two_processes_continue_to_the_same_result():
+    """Killed at a write, under torchrun, and one at a time by who torchrun starts them again."""
+    line = kills("--kills", "2", "--cases", "curriculum, by two")
+    assert "'at a write': 1" in line
+    assert "'under torchrun, all': 1" in line
+    assert "restarted by torchrun" in line
