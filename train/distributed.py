@@ -70,10 +70,7 @@ def processes(config: Common) -> Iterator[None]:
     # By torch 2.13, whose other name for it older ones do not know.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=config.timeout),
-        )
+        _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", config.timeout)
         with (
             open(os.devnull, "w") as nowhere,
             redirect_stdout(sys.stdout if is_first() else nowhere),
@@ -89,6 +86,20 @@ def processes(config: Common) -> Iterator[None]:
         raise
     # Not after an error: it would wait for the others.
     dist.destroy_process_group()
+
+
+def _meet(backend: str, timeout: float) -> None:
+    """Find the other processes of this start.
+
+    When ``torchrun`` starts them again, its store still has the addresses of dead ones. On one
+    machine all know which start it is, so each has keys of its own; on several they need not, and
+    torchrun has to be told (docs/distributed.md).
+    """
+    limit = timedelta(seconds=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, timeout=limit, world_size=world_size, rank=rank, store=store)
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
