@@ -99,7 +99,7 @@ faults: install ## damage 300 files of each kind, and kill 300 saves (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --cases 300
 	OMP_NUM_THREADS=1 BLOCKDROP_KILLS=300 $(BIN)/python -m pytest tests/test_faults.py -k kill_while_saving
 
-kills: install ## kill every stage of the trainer ten times: the same bits in the end (20 minutes)
+kills: install ## kill every stage of the trainer ten times: the same bits in the end (25 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --kills 10
 
 bench: install ## run the quick benchmarks (BENCH_FLAGS= for all)

@@ -17,7 +17,7 @@ from tests.train.processes import environment, free_port
 COUNT = 2
 # --timeout of forks, all of which it takes where one is lost before they have met; and how much
 # longer that may take on a busy machine.
-TIMEOUT, SLACK = 30, 60
+TIMEOUT, SLACK = 15, 60
 
 
 class Group:
