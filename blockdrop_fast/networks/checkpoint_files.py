@@ -137,7 +137,8 @@ def write_torch(content: dict, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        # Not getbuffer(): in an error's traceback it crashes Python 3.12's collector (gh-111049).
+        temporary.write_bytes(buffer.getvalue())
 
 
 def _check_archive(path: Path) -> None:
