@@ -17,7 +17,7 @@ MODULE = "blockdrop_fast._C"
 REBUILD = "pip install --no-build-isolation <the blockdrop_fast source>"
 # Of compiled kernels: raised where the arguments or packed weights of an operator mean something
 # else. A checkout's kernels may be older than its Python. Read by setup.py.
-INTERFACE = 1
+INTERFACE = 2
 # Written by setup.py: what was asked for, what was built, and why the rest was not.
 BUILD_RECORD = Path(__file__).with_name("_build_record.json")
 

@@ -14,7 +14,7 @@ from blockdrop_fast.networks.folded_gates import (
     FoldedLinear,
     FoldedSequential,
 )
-from blockdrop_fast.networks.folding import FoldedHead
+from blockdrop_fast.networks.folding import FoldedHead, FoldedNetwork
 from blockdrop_fast.ops.walk import pack_classifier, pack_conv, walk, walk_policy
 from blockdrop_fast.ops.walk_gates import (
     LOOK_CONVS,
@@ -28,6 +28,7 @@ from blockdrop_fast.ops.walk_gates import (
     walk_sequential,
     walk_weighted,
 )
+from blockdrop_fast.ops.walk_network import signature
 
 
 class WalkExecutor(PackedWalk):
@@ -39,6 +40,13 @@ class WalkExecutor(PackedWalk):
 
     _pack_conv = staticmethod(pack_conv)
     _pack_classifier = staticmethod(pack_classifier)
+
+    @classmethod
+    def pack(cls, network: FoldedNetwork) -> Tensor:
+        config = network.config
+        mark = signature(config.num_classes, config.shortcut == "subsample", *config.layers)
+        packed = super().pack(network)
+        return torch.cat([packed, packed.new_tensor([mark])])
 
     def run(self, images: Tensor, decisions: Tensor) -> Tensor:
         return walk(images, decisions, *self._network)

@@ -8,7 +8,9 @@ Packed weights are one float32 vector, so that a kernel finds everything by coun
   (C_out / p, 3, 3, C_in, p) in panels of p = min(C_out, 32) output channels side by side, then, if
   C_in equals C_out, the same weights in Winograd's form (C_out / p, 4, 4, C_in, p);
 * the classifier: the bias, then the weights (64, classes), with classes rounded up to a
-  multiple of 16 and filled with zeros.
+  multiple of 16 and filled with zeros;
+* the ``signature`` of ``num_classes``, ``subsample`` and ``layers``: other networks have weights as
+  long as these, too.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from blockdrop_fast.ops.walk_network import (
     check_decisions,
     check_length,
     check_network,
+    check_signature,
     conv_shapes,
     define_walk,
     run_network,
     run_policy,
+    signature,
 )
 
 PANEL_CHANNELS = 32
@@ -141,14 +145,15 @@ def walk_reference(
 ) -> Tensor:
     """What ``walk`` computes, in PyTorch operations; of any floating-point dtype, on any device."""
     _check_walk(images, decisions, weights, layers, num_classes)
-    return run_network(
-        images, decisions, list(unpack(weights, layers, num_classes)), layers, subsample
-    )
+    parameters = list(unpack(weights, layers, num_classes, subsample))
+    return run_network(images, decisions, parameters, layers, subsample)
 
 
 def walk_policy_reference(images: Tensor, *networks) -> tuple[Tensor, Tensor, Tensor]:
     """What ``walk_policy`` computes, in PyTorch operations."""
     _check_policy(images, *networks)
+    _, layers, _, _, policy_weights, policy_layers = networks
+    check_signature("policy_weights", policy_weights, signature(sum(layers), False, *policy_layers))
     return run_policy(walk_reference, images, *networks)
 
 
@@ -159,10 +164,15 @@ def packed_size(convs: Iterable[tuple[int, int]], num_classes: int) -> int:
 
 
 def unpack(
-    weights: Tensor, layers: Sequence[int], num_classes: int
+    weights: Tensor, layers: Sequence[int], num_classes: int, subsample: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A network's (weight, bias) of each convolution in order, and of the classifier."""
-    return unpack_layers(weights, conv_shapes(layers), num_classes)
+    """A network's (weight, bias) of each convolution in order, and of the classifier.
+
+    Raises:
+        ValueError: the weights are another network's.
+    """
+    check_signature("weights", weights, signature(num_classes, subsample, *layers))
+    return unpack_layers(weights[:-1], conv_shapes(layers), num_classes)
 
 
 def unpack_layers(
@@ -201,7 +211,8 @@ def check(
             "images: height and width must be positive multiples of 4, got "
             f"{images.shape[2]}x{images.shape[3]}"
         )
-    check_length(name, weights, packed_size(conv_shapes(layers), num_classes), "packed values")
+    length = packed_size(conv_shapes(layers), num_classes) + 1
+    check_length(name, weights, length, "packed values")
 
 
 def _check_walk(images: Tensor, decisions: Tensor, weights: Tensor, layers, num_classes, *_):

@@ -423,7 +423,7 @@ def _where(images: Tensor, one: Tensor, other: Tensor | float) -> Tensor:
 def _network(
     images: Tensor, weights: Tensor, layers: Sequence[int], num_classes: int, subsample: bool
 ) -> ReferenceNetwork:
-    parameters = list(unpack(weights, layers, num_classes))
+    parameters = list(unpack(weights, layers, num_classes, subsample))
     return ReferenceNetwork(parameters, layers, subsample, images.dtype)
 
 

@@ -47,8 +47,21 @@ Network read_network(const char* name, const at::Tensor& weights, at::IntArrayRe
   }
   network.classifier = data + std::min(offset, weights.numel());
   offset += (1 + channels) * static_cast<int64_t>(network.padded_classes);
-  check_length(name, weights, offset, "packed values");
+  check_length(name, weights, ++offset, "packed values");
+  check_signature(name, weights, {{num_classes, subsample}, layers});
   return network;
+}
+
+void check_signature(const char* name, const at::Tensor& weights,
+                     std::initializer_list<at::IntArrayRef> description) {
+  constexpr int64_t kSignatures = 16777213;
+  int64_t value = 0;
+  for (const at::IntArrayRef numbers : description) {
+    for (const int64_t one : numbers) value = (value * 1000003 + one) % kSignatures;
+  }
+  TORCH_CHECK_VALUE(
+      weights.const_data_ptr<float>()[weights.numel() - 1] == static_cast<float>(value), name,
+      ": packed for another network than the arguments say");
 }
 
 Images read_images(const at::Tensor& images, int64_t multiple) {

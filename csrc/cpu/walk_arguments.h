@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 namespace blockdrop::walk {
@@ -39,6 +40,11 @@ struct Network {
 // Raises TypeError or ValueError; `name` is the argument's.
 Network read_network(const char* name, const at::Tensor& weights, at::IntArrayRef layers,
                      int64_t num_classes, bool subsample);
+
+// `weights`, of the right length, end with a hash of the numbers that describe their network, see
+// `signature` in blockdrop_fast/ops/walk_network.py. Else raises ValueError.
+void check_signature(const char* name, const at::Tensor& weights,
+                     std::initializer_list<at::IntArrayRef> description);
 
 // A batch of images of any strides.
 struct Images {

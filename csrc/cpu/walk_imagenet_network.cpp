@@ -4,13 +4,13 @@
 #include <limits>
 #include <numeric>
 
+#include "cpu/walk_arguments.h"
 #include "walk_network.h"
 
 namespace blockdrop::walk_imagenet {
 namespace {
 
 constexpr int kStemChannels = 64;
-constexpr int64_t kSignatures = 16777213;
 constexpr int64_t kMostChannels = int64_t{1} << 20;
 
 int panels(int64_t channels) { return static_cast<int>((channels + kPanel - 1) / kPanel); }
@@ -67,19 +67,6 @@ void check(const Description& of) {
   TORCH_CHECK_VALUE(of.winograd >= 0, "winograd: expected at least 0 segments, got ", of.winograd);
 }
 
-// A hash of the description, as in ops/walk_imagenet.py.
-int64_t signature(const Description& of) {
-  int64_t value = 0;
-  const auto add = [&](int64_t one) { value = (value * 1000003 + one) % kSignatures; };
-  add(of.bottleneck);
-  add(of.num_classes);
-  add(std::min(of.winograd, static_cast<int64_t>(of.layers.size())));
-  for (const at::IntArrayRef list : {of.layers, of.channels, of.widths}) {
-    std::for_each(list.begin(), list.end(), add);
-  }
-  return value;
-}
-
 }  // namespace
 
 Network read_network(const char* name, const Description& of) {
@@ -116,11 +103,11 @@ Network read_network(const char* name, const Description& of) {
     }
   }
   network.classifier = reader.take(in, panels(of.num_classes), 1, 1, false);
-  const int64_t length = reader.taken() + 1;
-  check_length(name, of.weights, length, "packed values");
-  TORCH_CHECK_VALUE(
-      of.weights.const_data_ptr<float>()[length - 1] == static_cast<float>(signature(of)), name,
-      ": packed for another network than the arguments say");
+  check_length(name, of.weights, reader.taken() + 1, "packed values");
+  const int64_t winograd = std::min(of.winograd, static_cast<int64_t>(of.layers.size()));
+  walk::check_signature(
+      name, of.weights,
+      {{of.bottleneck, of.num_classes, winograd}, of.layers, of.channels, of.widths});
   return network;
 }
 

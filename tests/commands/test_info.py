@@ -94,7 +94,7 @@ def test_extension_for_another_torch_or_package_is_not_imported(
 ):
     """Where it can be imported all the same, it may compute anything."""
     record = tmp_path / "record.json"
-    record.write_text(json.dumps(built))
+    record.write_text(json.dumps({"interface": _extension.INTERFACE} | built))
     monkeypatch.setattr(_extension, "BUILD_RECORD", record)
     monkeypatch.setattr(_extension.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(_extension.importlib, "import_module", lambda name: pytest.fail(name))
@@ -108,7 +108,11 @@ def test_extension_for_another_torch_or_package_is_not_imported(
 
 def test_extension_that_does_not_load_warns(monkeypatch, tmp_path):
     record = tmp_path / "record.json"
-    record.write_text(json.dumps({"torch": torch.__version__.partition("+")[0] + "+other"}))
+    built = {
+        "torch": torch.__version__.partition("+")[0] + "+other",
+        "interface": _extension.INTERFACE,
+    }
+    record.write_text(json.dumps(built))
     monkeypatch.setattr(_extension, "BUILD_RECORD", record)
 
     def fail(name):

@@ -14,12 +14,7 @@ from blockdrop_fast.networks.architectures import resnet50, resnet_cifar
 from blockdrop_fast.networks.folding import fold_network
 from blockdrop_fast.networks.policy import policy_resnet8
 from blockdrop_fast.networks.resnet import ResNet, ResNetConfig
-from blockdrop_fast.ops.walk import (
-    walk,
-    walk_policy,
-    walk_policy_reference,
-    walk_reference,
-)
+from blockdrop_fast.ops.walk import walk, walk_policy, walk_policy_reference, walk_reference
 from tests.ops.walk_checks import assert_within_tolerance, compiled
 from tests.random_networks import NEAR_ZERO, make_policy, make_policy_of_logits, random_decisions
 from tests.random_networks import make_cifar_network as make_network
@@ -276,18 +271,29 @@ def test_reference_agrees_with_the_network():
     ({"layers": [1, 1]}, ValueError, "layers: expected"),
     ({"layers": [1, 0, 2]}, ValueError, "layers: expected"),
     ({"num_classes": 17}, ValueError, "weights: expected"),
+    ({"num_classes": 9}, ValueError, "weights: packed for another network than the arguments say"),
+    ({"subsample": True}, ValueError, "weights: packed for another network than"),
 ])  # fmt: skip
 def test_bad_arguments(function, changes, error, message):
     with pytest.raises(error, match=message):
         function(**arguments(**changes))
 
 
-@compiled
-def test_bad_policy_arguments():
+@pytest.mark.parametrize("function", [
+    pytest.param(walk_policy, marks=compiled, id="walk"),
+    pytest.param(walk_policy_reference, id="reference"),
+])  # fmt: skip
+@pytest.mark.parametrize(("num_outputs", "message"), [
+    (None, "policy_weights: expected a vector of"), (4, "policy_weights: packed for another"),
+])  # fmt: skip
+def test_bad_policy_weights(function, num_outputs, message):
+    weights, layers = torch.zeros(7), (1, 1, 1)
+    if num_outputs is not None:
+        weights, layers, *_ = make_executor(make_policy(num_outputs).network)._network
     values = arguments()
     del values["decisions"]
-    with pytest.raises(ValueError, match="weights: expected"):
-        walk_policy(**values, policy_weights=torch.zeros(7), policy_layers=[1, 1, 1])
+    with pytest.raises(ValueError, match=message):
+        function(*values.values(), weights, layers)
 
 
 @compiled

@@ -149,7 +149,7 @@ class Case:
     ) -> list[tuple[Tensor, Tensor]]:
         """In float64, of each block at given decisions: its input and output."""
         weights, layers, num_classes, subsample = self.exact
-        parameters = list(unpack(weights, layers, num_classes))
+        parameters = list(unpack(weights, layers, num_classes, subsample))
         network = ReferenceNetwork(parameters, layers, subsample, torch.float64)
         x, found = network.stem(self.images.double()), []
         for segment in self.segments:
