@@ -159,7 +159,8 @@ def test_gpu_build_is_for_the_gpu_at_hand(tmp_path):
     """Whatever TORCH_CUDA_ARCH_LIST was set to; the Python it runs tells of its calls."""
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/sh\n[ "$1" = - ] && echo 9.0a || echo "$TORCH_CUDA_ARCH_LIST, $BLOCKDROP_BUILD: $*"'
+        '#!/bin/sh\n[ "$1" = .ci/gpu_extension.py ] && echo 9.0a || '
+        'echo "$TORCH_CUDA_ARCH_LIST, $BLOCKDROP_BUILD: $*"'
     )
     python.chmod(0o755)
     environment = {"PYTHON": str(python), "TORCH_CUDA_ARCH_LIST": "7.5 8.0", "PATH": os.defpath}
