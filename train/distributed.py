@@ -12,6 +12,7 @@ Without ``torchrun`` all of this does nothing.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -84,6 +85,8 @@ def processes(config: Common) -> Iterator[None]:
                 "intact, --resume goes on from it, with any number of processes"
             ) from error
         raise
+    # What trained is garbage with cycles, and holds the group, whose threads would outlive Python.
+    gc.collect()
     # Not after an error: it would wait for the others.
     dist.destroy_process_group()
 
