@@ -7,12 +7,12 @@ import sys
 
 import tyro
 
+from blockdrop_fast.commands.cli import INTERRUPTED
 from train import distributed
 from train.stages import PRESETS, STAGES, function_of
 
 # They time what they have trained.
 IN_ONE_PROCESS = ("demo", "reproduce")
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "benchmark": ("blockdrop_fast.commands.benchmark", "milliseconds against the complete ResNet"),
 }
 TRACEBACK_VARIABLE = "BLOCKDROP_TRACEBACK"
+INTERRUPTED = 130  # the exit status: 128 + SIGINT, as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(f"\nblockdrop {name}: interrupted", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
+        return INTERRUPTED
     return 0
 
 
